@@ -1,0 +1,78 @@
+"""Backends turn encoded images and drawn numbers into pixels. None of them draws a random number.
+
+A backend renders the views of one batch per job. `submit` queues a job and returns at once where the backend can work in
+the background; `collect` waits for the oldest job. At most `depth` jobs are in flight. The order of the jobs and the
+number of threads never change the pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from pipelines.draw import ViewDraws
+from pipelines.views import ViewSpec
+
+OUTPUTS = ("uint8", "float32", "float16")
+
+
+@dataclass
+class Job:
+    """One batch to render.
+
+    images  encoded image files of B samples
+    draws   one entry per view, in the order of `pipelines.views.flatten`, each for the same B samples
+    names   "shard:member" of each sample, for messages
+    """
+
+    images: Sequence[bytes]
+    draws: Sequence[ViewDraws]
+    names: Sequence[str]
+
+
+class Backend(Protocol):
+    """Built as `make(specs, batch_size, device, threads, output, depth)`; batch_size is the largest B of a job."""
+
+    depth: int
+
+    def submit(self, job: Job) -> None: ...
+
+    def collect(self) -> list[torch.Tensor]:
+        """The views of the oldest job, in `flatten` order, each (B, 3, S, S) in channels-last memory.
+
+        uint8 output is raw pixels 0..255; float32 and float16 are normalised with the spec's mean and std.
+        Raises DecodeError naming the sample if one cannot be decoded.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class DecodeError(RuntimeError):
+    """A sample that no decoder accepts; the message names shard and member."""
+
+
+def make(
+    name: str, specs: Sequence[ViewSpec], batch_size: int, *, device: str, threads: int, output: str, depth: int
+) -> Backend:
+    """The backend `name`: dali, exact, or auto (dali on a GPU, the fastest faithful one on a CPU).
+
+    device  "cpu" or a CUDA device such as "cuda:0"
+    Raises ValueError with the remedy for an unknown name, or when a backend's package is not installed.
+    """
+    if output not in OUTPUTS:
+        raise ValueError(f"loader.output is {output!r}, but must be one of {', '.join(OUTPUTS)}")
+    if name == "auto":
+        name = "exact" if device == "cpu" else "dali"
+    if name == "exact":
+        from pipelines.backends.exact import ExactBackend
+
+        return ExactBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
+    if name == "dali":
+        from pipelines.backends.dali import DaliBackend
+
+        return DaliBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
+    raise ValueError(f"loader.backend is {name!r}, but must be auto, dali or exact")

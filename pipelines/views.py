@@ -1,0 +1,57 @@
+"""What a view is: its role in the method, its crop and its augmentation. Pure data, checked when built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from pipelines.augment import AugmentSpec
+
+
+@dataclass(frozen=True)
+class ViewSpec:
+    """`count` views of one recipe, drawn independently of each other.
+
+    role    the name under which a method finds them: `Batch.views[role]` is a list of `count` tensors (B, 3, size, size)
+    size    side of the square output in px
+    crop    "random_resized": area fraction uniform in `scale`, aspect log-uniform in `ratio` (width / height), ten tries,
+            then the centre, resized to `size` by antialiased bilinear interpolation (torchvision's RandomResizedCrop);
+            "center": the shorter side to `resize` px by the same interpolation, then the central `size` x `size` px
+    resize  for crop "center" only: the shorter side in px before the crop, at least `size`
+    Raises ValueError naming the key, the value and the remedy.
+    """
+
+    role: str
+    size: int
+    count: int = 1
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    resize: int = 0
+    augment: AugmentSpec = field(default_factory=AugmentSpec)
+
+    def __post_init__(self) -> None:
+        _require(self.role.isidentifier(), "role", self.role, "a name such as query, key, global or local")
+        _require(1 <= self.size <= 4096, "size", self.size, "a side between 1 and 4096 px")
+        _require(self.count >= 1, "count", self.count, "1 or more")
+        _require(self.crop in ("random_resized", "center"), "crop", self.crop, "random_resized or center")
+        _require(0.0 < self.scale[0] <= self.scale[1] <= 1.0, "scale", self.scale, "two increasing area fractions in (0, 1]")
+        _require(0.0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "two increasing aspect ratios above 0")
+        if self.crop == "center":
+            _require(self.resize >= self.size, "resize", self.resize, f"at least size={self.size} px")
+
+
+def num_views(specs: Sequence[ViewSpec]) -> int:
+    """Views that one image becomes."""
+    return sum(spec.count for spec in specs)
+
+
+def flatten(specs: Sequence[ViewSpec]) -> list[tuple[int, ViewSpec]]:
+    """The views of one image in the order in which backends return them: (view number, its spec)."""
+    expanded = [spec for spec in specs for _ in range(spec.count)]
+    return list(enumerate(expanded))
+
+
+def _require(condition: bool, key: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"views.{key} is {value!r}, but must be {remedy}")
