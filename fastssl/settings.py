@@ -1,0 +1,199 @@
+"""The tree of settings of a training run. Each group checks itself when built; what a method needs stands in its own file."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
+from pipelines.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The backbone.
+
+    name    resnet10, resnet18, resnet34, resnet50, resnet101, resnet152, or timm/NAME for any timm model
+    stem    "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool, for images of about 32 px
+    width   multiplies the channels of every stage (resnet50 with width 2 is SwAV's RN50w2)
+    """
+
+    name: str = "resnet50"
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    width: float = 1.0
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """root is a folder that `shard_tools pack` wrote; mean and std normalise pixels in [0, 1]."""
+
+    root: str
+    split: str = "train"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class ViewConfig:
+    """A ViewSpec without its role (the key of the group); `augment` overrides single keys of the run's chain."""
+
+    size: int
+    count: int = 1
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.2, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    resize: int = 0
+    augment: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """backend auto: dali on a GPU, the fastest faithful backend on a CPU. threads 0: the cores shared by this host's ranks.
+
+    prefetch    batches made ahead of the step that consumes them
+    order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
+                shuffle over a window of open shards, for network storage
+    """
+
+    backend: Literal["auto", "dali", "exact"] = "auto"
+    threads: int = 0
+    prefetch: int = 2
+    order: Literal["global", "window"] = "global"
+
+    def __post_init__(self) -> None:
+        require(self.threads >= 0, "loader.threads", self.threads, "0 (all cores) or more")
+        require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "1 or more")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its schedule.
+
+    lr              as written; with lr_scaling "linear" it means batch 256 and is multiplied by run.batch_size / 256
+    schedule        "cosine" to final_lr, "step" (times gamma at each milestone), or "constant"
+    milestones      durations such as "120ep"
+    schedule_per    "epoch": lr changes at epoch starts, as MoCo's code does; "step": every step
+    warmup          a duration; lr grows linearly from warmup_lr over it
+    weight_decay_on "all" parameters, as MoCo does, or "weights": not biases and norms
+    fused           "torch": torch's fused kernel; "apex": NVIDIA Apex's FusedSGD, if that package is there; "off"
+    """
+
+    name: Literal["sgd"] = "sgd"
+    lr: float = 0.03
+    lr_scaling: Literal["none", "linear"] = "none"
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    weight_decay_on: Literal["all", "weights"] = "all"
+    nesterov: bool = False
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    schedule_per: Literal["epoch", "step"] = "epoch"
+    final_lr: float = 0.0
+    milestones: tuple[str, ...] = ()
+    gamma: float = 0.1
+    warmup: str = "0steps"
+    warmup_lr: float = 0.0
+    fused: Literal["torch", "apex", "off"] = "torch"
+
+    def __post_init__(self) -> None:
+        require(self.lr >= 0.0, "optim.lr", self.lr, "0 or more")
+        require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
+        require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "0 or more")
+        require(
+            self.schedule != "step" or bool(self.milestones), "optim.milestones", [], 'durations such as ["120ep","160ep"]'
+        )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run.
+
+    dir             everything the run writes; the same command with the same dir resumes
+    batch_size      global: over all ranks
+    duration        "200ep", "5000steps" or "10Mimages"; stop_after ends this process earlier, schedule unchanged
+    device          auto (cuda if there is one), cpu, or cuda
+    precision       fp32, bf16, or fp16 with a GradScaler; norms, logits, queues and EMA stay fp32
+    log_every       steps between log lines; save_every a duration; keep: newest checkpoints kept
+    resume          "auto": from the newest valid checkpoint of dir; "never": refuses a dir that has one
+    threads         torch's CPU threads per rank; 0 leaves torch's own choice
+    """
+
+    dir: str
+    batch_size: int = 256
+    duration: str = "200ep"
+    stop_after: str = ""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    channels_last: bool = True
+    log_every: int = 20
+    save_every: str = "1ep"
+    keep: int = 2
+    resume: Literal["auto", "never"] = "auto"
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, "run.batch_size", self.batch_size, "1 or more")
+        require(0 <= self.seed < 2**63, "run.seed", self.seed, "a whole number from 0")
+        require(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")
+        require(self.keep >= 2, "run.keep", self.keep, "2 or more, so that one bad file never costs the run")
+
+
+@dataclass(frozen=True)
+class KnnConfig:
+    """kNN top-1 on frozen features while training; every "never" turns it off.
+
+    every       a duration between evaluations; the last step is always evaluated
+    test_split  the first of test and val that exists under data.root if empty
+    limit       images of the train bank and of the test split at most; 0 takes all
+    view_size, view_resize      the centre crop in px; 0 takes the size of the first training view, and 256/224 of it
+    """
+
+    every: str = "never"
+    test_split: str = ""
+    k: int = 200
+    temperature: float = 0.1
+    limit: int = 0
+    view_size: int = 0
+    view_resize: int = 0
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a training run is told. `method` holds `name` and the method's own settings."""
+
+    method: dict[str, Any]
+    encoder: EncoderConfig
+    data: DataConfig
+    views: dict[str, ViewConfig]
+    augment: dict[str, Any]
+    loader: LoaderConfig
+    optim: OptimConfig
+    run: RunConfig
+    knn: KnnConfig
+
+    def view_specs(self) -> list[ViewSpec]:
+        """The views of one image, in the order of the config. Raises ValueError with key and remedy."""
+        return [
+            ViewSpec(
+                role=role,
+                **{f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.name != "augment"},
+                augment=augment_spec(
+                    {**self.augment, **view.augment}, self.data.mean, self.data.std, f"views.{role}.augment"
+                ),
+            )
+            for role, view in self.views.items()
+        ]
+
+
+def augment_spec(values: dict[str, Any], mean: tuple[float, ...], std: tuple[float, ...], path: str) -> AugmentSpec:
+    """The checked AugmentSpec of a chain written in YAML, with the data set's normalisation."""
+    from fastssl.config import convert
+
+    return convert(AugmentSpec, {**values, "mean": mean, "std": std}, path)
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """ValueError with key, value and remedy unless `condition`."""
+    if not condition:
+        raise ValueError(f"{key} is {value!r}, but must be {remedy}")
