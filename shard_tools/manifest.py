@@ -1,0 +1,326 @@
+"""The contract on disk: what `DST/<split>/manifest.json` and `index.npy` say, loaded and checked before anything is trusted.
+
+Layout of a packed data set, DST:
+    _info.json                        timm's index of all splits
+    <split>/manifest.json             written last: without it the split is not there
+    <split>/<split>-000000.tar        USTAR; members %09d.jpg|.png|.webp|.bmp, %09d.cls (ASCII integer), %09d.json
+    <split>/<split>-000000.idx        DALI's index, v1.2
+    <split>/index.npy                 INDEX_DTYPE, one row a sample, in shard order; the row number is the sample's id
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+FORMAT = "fastssl-shards"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+INDEX_NAME = "index.npy"
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS)
+MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_MEMBER_BYTES = 64 * 2**20  # of one image; a claim above it is a damaged or hostile archive
+
+# offset, size   of the image's bytes inside the tar
+# label          class number, -1 for none
+# crc32          of the image's bytes
+# width, height  in px as stored in the file: an EXIF orientation is not applied
+INDEX_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u8"),
+        ("label", "<i4"),
+        ("crc32", "<u4"),
+        ("width", "<u4"),
+        ("height", "<u4"),
+    ]
+)
+
+
+class ShardError(ValueError):
+    """Shards, or what should become shards, are not usable; the message is one sentence with the remedy."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar: file name (no folder), size in bytes, samples, sha256 of the tar and of its .idx."""
+
+    name: str
+    num_bytes: int
+    num_samples: int
+    sha256: str
+    idx_sha256: str = ""
+
+    @property
+    def idx_name(self) -> str:
+        return self.name.removesuffix(".tar") + ".idx"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One split. `root` is the folder of its shards; `classes` is None where the data has no labels.
+
+    census   what the images are, from their content (see census.py)
+    source   what they were packed from; no absolute path
+    options  the options of `pack` that shaped the bytes
+    digest   sha256 of what defines the data: shards, index and classes
+    """
+
+    root: Path
+    split: str
+    shards: tuple[Shard, ...]
+    classes: tuple[str, ...] | None
+    num_samples: int
+    census: dict[str, Any]
+    source: dict[str, Any]
+    options: dict[str, Any]
+    digest: str = ""
+    index_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "digest", _digest(self))
+
+    @classmethod
+    def load(cls, path: str | Path, split: str = "train") -> Manifest:
+        """The manifest of DST's `split`, or of the split folder DST/<split> itself.
+
+        Raises ShardError where there is none, or where it is not what `pack` or `index` wrote.
+        """
+        return _load(_locate(Path(path), split))
+
+    @property
+    def labelled(self) -> bool:
+        return self.classes is not None
+
+    def index(self) -> np.ndarray:
+        """index.npy, memory-mapped and read-only; raises ShardError if it is missing or of another shape."""
+        return _open_index(self.root / INDEX_NAME, self.num_samples)
+
+    def shard_path(self, i: int) -> Path:
+        return self.root / self.shards[i].name
+
+    def member_name(self, row: int) -> str:
+        """`train-000003.tar:000003017.jpg`: where sample `row` is, for messages; never raises for a damaged shard."""
+        entry = self.index()[row]
+        shard = int(entry["shard"])
+        name = _name_before(self.shard_path(shard), int(entry["offset"])) or f"{row:09d}"
+        return f"{self.shards[shard].name}:{name}"
+
+    def check_quick(self) -> list[str]:
+        """All faults that sizes, the index's hash and its ranges show, one sentence each; [] is good. Reads no shard."""
+        return [*_shard_faults(self), *_index_faults(self)]
+
+    def to_bytes(self) -> bytes:
+        """What manifest.json holds: the same for the same data, whatever the machine or the day."""
+        document = {
+            "format": FORMAT,
+            "version": FORMAT_VERSION,
+            "split": self.split,
+            "num_samples": self.num_samples,
+            "digest": self.digest,
+            "index_sha256": self.index_sha256,
+            "classes": None if self.classes is None else list(self.classes),
+            "source": self.source,
+            "options": self.options,
+            "census": self.census,
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def splits(path: str | Path) -> list[str]:
+    """Names of the packed splits below DST, sorted."""
+    return sorted(found.parent.name for found in Path(path).glob(f"*/{MANIFEST_NAME}"))
+
+
+def _digest(manifest: Manifest) -> str:
+    document = [
+        FORMAT_VERSION,
+        [[shard.name, shard.num_bytes, shard.num_samples, shard.sha256] for shard in manifest.shards],
+        manifest.index_sha256,
+        None if manifest.classes is None else list(manifest.classes),
+    ]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
+
+
+def _locate(path: Path, split: str) -> Path:
+    if (path / MANIFEST_NAME).is_file():
+        return path / MANIFEST_NAME
+    if (path / split / MANIFEST_NAME).is_file():
+        return path / split / MANIFEST_NAME
+    if not path.is_dir():
+        raise ShardError(f"no such folder of shards: {path}; pack one with `shard_tools pack`")
+    if found := splits(path):
+        raise ShardError(f"{path} has no split {split!r}, only {', '.join(found)}; name one of these, or pack it")
+    raise ShardError(
+        f"no manifest.json in {path} or {path / split}; finish `shard_tools pack`, or adopt foreign shards with"
+        " `shard_tools index`"
+    )
+
+
+def _load(path: Path) -> Manifest:
+    if path.stat().st_size > MAX_MANIFEST_BYTES:
+        raise ShardError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest; pack the split again")
+    try:
+        document = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ShardError(f"{path} is not valid JSON ({error}); pack the split again") from None
+    try:
+        manifest, digest = _parse(document, path.parent)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ShardError(
+            f"{path} is not a manifest of version {FORMAT_VERSION} ({error}); pack the split again"
+        ) from None
+    if manifest.digest != digest:
+        raise ShardError(f"{path} was changed after packing (its digest does not match); pack the split again")
+    return manifest
+
+
+def _parse(document: Any, root: Path) -> tuple[Manifest, str]:
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"its format is not {FORMAT!r}")
+    if document.get("version") != FORMAT_VERSION:
+        raise ValueError(f"its version is {document.get('version')!r}")
+    shards = tuple(_parse_shard(entry) for entry in _typed(document, "shards", list))
+    if len({shard.name for shard in shards}) != len(shards):
+        raise ValueError("a shard is listed twice")
+    num_samples = _count(document, "num_samples")
+    if sum(shard.num_samples for shard in shards) != num_samples:
+        raise ValueError("its shards do not add up to num_samples")
+    classes = document.get("classes")
+    if classes is not None and not (isinstance(classes, list) and all(isinstance(name, str) for name in classes)):
+        raise ValueError("classes is not a list of names")
+    manifest = Manifest(
+        root=root,
+        split=_plain_name(_typed(document, "split", str)),
+        shards=shards,
+        classes=None if classes is None else tuple(classes),
+        num_samples=num_samples,
+        census=_typed(document, "census", dict),
+        source=_typed(document, "source", dict),
+        options=_typed(document, "options", dict),
+        index_sha256=_typed(document, "index_sha256", str),
+    )
+    return manifest, _typed(document, "digest", str)
+
+
+def _parse_shard(entry: Any) -> Shard:
+    name = _plain_name(_typed(entry, "name", str))
+    if not name.endswith(".tar"):
+        raise ValueError(f"the shard {name!r} is not a .tar")
+    return Shard(
+        name=name,
+        num_bytes=_count(entry, "num_bytes"),
+        num_samples=_count(entry, "num_samples"),
+        sha256=_typed(entry, "sha256", str),
+        idx_sha256=_typed(entry, "idx_sha256", str),
+    )
+
+
+def _typed(document: Any, key: str, kind: type) -> Any:
+    if not isinstance(document, dict) or not isinstance(document.get(key), kind):
+        raise ValueError(f"{key!r} is missing or no {kind.__name__}")
+    return document[key]
+
+
+def _count(document: Any, key: str) -> int:
+    value = _typed(document, key, int)
+    if isinstance(value, bool) or not 0 <= value < 2**48:
+        raise ValueError(f"{key} is {value!r}")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    """A file name that cannot leave its folder: a manifest may come from elsewhere."""
+    if not re.fullmatch(r"[^/\\\0.][^/\\\0]*", name):
+        raise ValueError(f"{name!r} is not a plain file name")
+    return name
+
+
+def _open_index(path: Path, num_samples: int) -> np.ndarray:
+    try:
+        index = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except FileNotFoundError:
+        raise ShardError(f"{path} is missing; restore it, or write it again with `shard_tools index`") from None
+    except (ValueError, OSError, EOFError) as error:
+        raise ShardError(f"{path} is not a readable index ({error}); pack the split again") from None
+    if index.dtype != INDEX_DTYPE or index.shape != (num_samples,):
+        raise ShardError(f"{path} does not hold {num_samples} rows as its manifest says; pack the split again")
+    return index
+
+
+def _name_before(path: Path, offset: int) -> str:
+    """Name in the tar header that ends at byte `offset`, or "" if there is none to be read."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset - 512)
+            header = file.read(512)
+    except (OSError, ValueError):
+        return ""
+    return header[:100].rstrip(b"\0").decode("utf-8", "backslashreplace") if header[257:262] == b"ustar" else ""
+
+
+def _shard_faults(manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        path = manifest.root / shard.name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif path.stat().st_size != shard.num_bytes:
+            yield f"{path} has {path.stat().st_size} bytes, but its manifest says {shard.num_bytes}"
+
+
+def _index_faults(manifest: Manifest) -> Iterator[str]:
+    path = manifest.root / INDEX_NAME
+    try:
+        index = manifest.index()
+    except ShardError as error:
+        yield str(error)
+        return
+    if sha256_of(path) != manifest.index_sha256:
+        yield f"{path} is not the index that was packed with these shards (its sha256 differs)"
+    if len(index):
+        yield from _range_faults(manifest, index, path)
+
+
+def _range_faults(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
+    shard = index["shard"].astype(np.int64)
+    if shard.max() >= len(manifest.shards):
+        yield f"{path} names shard {shard.max()}, but there are only {len(manifest.shards)}"
+        return
+    counts = np.bincount(shard, minlength=len(manifest.shards))
+    if (np.diff(shard) < 0).any() or counts.tolist() != [entry.num_samples for entry in manifest.shards]:
+        yield f"{path} does not list the shards' samples in their order and number"
+    num_bytes = np.array([entry.num_bytes for entry in manifest.shards], np.uint64)[shard]
+    offset, size = index["offset"], index["size"]
+    num_classes = len(manifest.classes or ())
+    pixels = index["width"].astype(np.uint64) * index["height"]
+    wrong = {
+        "lies outside its shard": (offset < 512)
+        | (offset > num_bytes)
+        | (size > num_bytes - np.minimum(offset, num_bytes)),
+        "has an impossible size": (size == 0) | (size > MAX_MEMBER_BYTES),
+        "has impossible dimensions": (pixels == 0) | (pixels > MAX_PIXELS),
+        "has a label without a class": (index["label"] < -1) | (index["label"] >= num_classes),
+    }
+    for what, mask in wrong.items():
+        if rows := np.flatnonzero(mask).tolist():
+            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+            yield f"{path}: sample {rows[0]}{more} {what}"
