@@ -50,7 +50,9 @@ def save(run_dir: Path, step: int, model: nn.Module, training: dict[str, Any], m
     if dist.rank() == 0:
         _save_tensors(beside / "model.pt", model.state_dict())
         _save_tensors(beside / "training.pt", training)
-        _write_text(beside / "meta.json", json.dumps({"format": FORMAT, "step": step, "world": dist.world(), **meta}, indent=1))
+        _write_text(
+            beside / "meta.json", json.dumps({"format": FORMAT, "step": step, "world": dist.world(), **meta}, indent=1)
+        )
         sums = "".join(f"{_sha256(p)}  {p.name}\n" for p in sorted(beside.iterdir()))
         _write_text(beside / SUMS, sums)
         _sync_dir(beside)

@@ -124,7 +124,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is typing.Literal:
         if value not in arguments:
             choices = ", ".join(str(a) for a in arguments)
-            raise ConfigError(f"{path} is {value!r}, but must be one of {choices}{_did_you_mean(str(value), arguments)}")
+            raise ConfigError(
+                f"{path} is {value!r}, but must be one of {choices}{_did_you_mean(str(value), arguments)}"
+            )
         return value
     return _scalar(hint, value, path)
 
@@ -151,7 +153,9 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
 
 def _refuse_unsafe(override: str) -> None:
     if "_target_" in override or "${" in override.replace("$\\{", ""):
-        raise ConfigError(f"override {override!r} uses _target_ or ${{...}}, which fastssl does not accept; write the plain value")
+        raise ConfigError(
+            f"override {override!r} uses _target_ or ${{...}}, which fastssl does not accept; write the plain value"
+        )
 
 
 def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
@@ -186,7 +190,9 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
     parent = key.rpartition(".")[0]
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     hint = _did_you_mean(key, known)
-    listing = f"; {parent or 'the top level'} has {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
+    listing = (
+        f"; {parent or 'the top level'} has {', '.join(k.rpartition('.')[2] for k in siblings)}" if siblings else ""
+    )
     return f"unknown setting {key!r}{hint}{listing}"
 
 
@@ -197,3 +203,21 @@ def _did_you_mean(word: str, candidates: Sequence[Any]) -> str:
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+def plain(settings: Any) -> Any:
+    """A dataclass tree as JSON has it: dicts, lists, numbers, text."""
+    if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
+        settings = dataclasses.asdict(settings)
+    if isinstance(settings, Mapping):
+        return {str(k): plain(v) for k, v in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [plain(v) for v in settings]
+    return settings
+
+
+def to_yaml(settings: Any) -> str:
+    """The tree as YAML text."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(plain(settings)))

@@ -49,7 +49,9 @@ def learning_rate(config: OptimConfig, clock: Clock, total_steps: int) -> Callab
     warmup = clock.steps(config.warmup, "optim.warmup")
     milestones = [clock.steps(m, f"optim.milestones[{i}]") for i, m in enumerate(config.milestones)]
     if warmup >= total_steps > 0:
-        raise ValueError(f"optim.warmup is {config.warmup!r}, but must be shorter than run.duration ({total_steps} steps)")
+        raise ValueError(
+            f"optim.warmup is {config.warmup!r}, but must be shorter than run.duration ({total_steps} steps)"
+        )
 
     def lr(step: int) -> float:
         if step < warmup:

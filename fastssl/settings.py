@@ -100,7 +100,10 @@ class OptimConfig:
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
         require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(
-            self.schedule != "step" or bool(self.milestones), "optim.milestones", [], 'durations such as ["120ep","160ep"]'
+            self.schedule != "step" or bool(self.milestones),
+            "optim.milestones",
+            [],
+            'durations such as ["120ep","160ep"]',
         )
 
 

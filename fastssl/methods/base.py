@@ -51,4 +51,6 @@ class Method(nn.Module):
 def require_roles(method: str, got: Mapping[str, int], want: Mapping[str, int]) -> None:
     """ValueError unless the configured views are those that the method reads: role -> count."""
     if dict(got) != dict(want):
-        raise ValueError(f"views are {dict(got)}, but method {method} reads {dict(want)}; write views.ROLE for exactly these")
+        raise ValueError(
+            f"views are {dict(got)}, but method {method} reads {dict(want)}; write views.ROLE for exactly these"
+        )

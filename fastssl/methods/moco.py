@@ -86,7 +86,9 @@ class Moco(Method):
         key_of_key, key_of_query = self._encode_key(key_view, 2 * step), self._encode_key(query_view, 2 * step + 1)
         first, accuracy_1 = self._contrast(query_view, key_of_key)
         second, accuracy_2 = self._contrast(key_view, key_of_query)
-        return Output(first + second, self._logs((accuracy_1 + accuracy_2) / 2), carry=torch.cat([key_of_query, key_of_key]))
+        return Output(
+            first + second, self._logs((accuracy_1 + accuracy_2) / 2), carry=torch.cat([key_of_query, key_of_key])
+        )
 
     def backbone(self) -> nn.Module:
         return self.encoder_q.backbone

@@ -80,5 +80,7 @@ def _timm_encoder(name: str, stem: str, width: float) -> nn.Module:
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
         hint = f" (did you mean 'timm/{near[0]}'?)" if near else ""
-        raise ValueError(f"encoder.name is 'timm/{name}'{hint}, which timm does not know; timm.list_models() lists the names")
+        raise ValueError(
+            f"encoder.name is 'timm/{name}'{hint}, which timm does not know; timm.list_models() lists the names"
+        )
     return timm.create_model(name, pretrained=False, num_classes=0)

@@ -1,0 +1,159 @@
+"""What a run tells: a progress line in a terminal, metrics.jsonl, TensorBoard; images per second and the share of waiting.
+
+Only rank 0 writes. Values stay on the device until a log line is due, so that the loop never waits for the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastssl import dist
+from fastssl.methods.base import Output
+
+PLAIN_LINE_EVERY_S = 30.0  # without a terminal, a line at most this often
+
+
+class RunLog:
+    """The log of one run in `run_dir`, from step `start` of `total`.
+
+    Lines of metrics.jsonl behind `start` belong to a life that was lost after its last checkpoint; they are removed.
+    """
+
+    def __init__(self, run_dir: Path, start: int, total: int, batch_size: int, every: int) -> None:
+        self.batch_size, self.every, self.total = batch_size, every, total
+        self._sum: Tensor | None = None
+        self._names: list[str] = []
+        self._count = 0
+        self._waited_s = 0.0
+        self._window_began = time.perf_counter()
+        self._progress: Progress | None = None
+        self._last_plain_line = 0.0
+        self.main = dist.rank() == 0
+        if not self.main:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._jsonl = _reopen(run_dir / "metrics.jsonl", start)
+        self._board = SummaryWriter(str(run_dir), purge_step=start + 1)
+        if sys.stderr.isatty():
+            self._progress = _progress_bar()
+            self._task = self._progress.add_task("", total=total, completed=start)
+            self._progress.start()
+
+    def say(self, text: str) -> None:
+        """A line for the reader, above the progress bar."""
+        if not self.main:
+            return
+        if self._progress:
+            self._progress.console.print(text, highlight=False, markup=False)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, step: int, output: Output, lr: float, waited_s: float) -> None:
+        """After step number `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""
+        values = {"loss": output.loss, **output.logs}
+        self._names = list(values)
+        packed = torch.stack([v.detach().float() for v in values.values()])
+        self._sum = packed if self._sum is None else self._sum + packed
+        self._count += 1
+        self._waited_s += waited_s
+        done = step + 1
+        if done % self.every and done != self.total:
+            if self._progress:
+                self._progress.update(self._task, completed=done)
+            return
+        means = dict(zip(self._names, dist.all_reduce_mean(self._sum / self._count).tolist()))
+        elapsed = time.perf_counter() - self._window_began
+        rates = {
+            "lr": lr,
+            "images_per_s": self._count * self.batch_size / elapsed,
+            "step_s": elapsed / self._count,
+            "data_wait": self._waited_s / elapsed,
+        }
+        self.record(done, {**means, **rates})
+        self._show(done, means["loss"], rates, elapsed / self._count)
+        self.restart_window()
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(
+                f"the loss became {means['loss']} in the {self.every} steps before step {done}; "
+                f"lower optim.lr, add optim.warmup, or run with run.precision=bf16 or fp32"
+            )
+
+    def restart_window(self) -> None:
+        """Leave what happened since the last line (an evaluation, a save) out of the next rates."""
+        self._sum, self._count, self._waited_s = None, 0, 0.0
+        self._window_began = time.perf_counter()
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        """A line of metrics.jsonl and TensorBoard scalars."""
+        if not self.main:
+            return
+        self._jsonl.write(json.dumps({"step": step, "images": step * self.batch_size, **values}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        if not self.main:
+            return
+        if self._progress:
+            self._progress.stop()
+        self._jsonl.close()
+        self._board.close()
+
+    def _show(self, done: int, loss: float, rates: dict[str, float], step_s: float) -> None:
+        if not self.main:
+            return
+        text = f"loss {loss:.4f}  lr {rates['lr']:.4g}  {rates['images_per_s']:.0f} images/s  data wait {rates['data_wait']:.1%}"
+        if self._progress:
+            self._progress.update(self._task, completed=done, description=text)
+        elif done == self.total or time.monotonic() - self._last_plain_line >= PLAIN_LINE_EVERY_S:
+            eta = time.strftime("%H:%M:%S", time.gmtime((self.total - done) * step_s))
+            print(f"step {done}/{self.total}  {text}  ETA {eta}", file=sys.stderr, flush=True)
+            self._last_plain_line = time.monotonic()
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, oldest first; a last line cut by a crash is left out."""
+    path = run_dir / "metrics.jsonl"
+    return _whole_lines(path) if path.is_file() else []
+
+
+def _reopen(path: Path, start: int) -> Any:
+    kept = [line for line in _whole_lines(path) if line["step"] <= start] if path.is_file() else []
+    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a")
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _progress_bar() -> Progress:
+    return Progress(
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        refresh_per_second=4,
+    )

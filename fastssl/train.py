@@ -1,0 +1,303 @@
+"""Train: `torchrun -m fastssl.train method=moco_v2 data.root=SHARDS`, or the same without torchrun on one process."""
+
+from __future__ import annotations
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastssl import __version__, checkpoint, config, dist
+from fastssl.log import RunLog
+from fastssl.methods import Method, build_method
+from fastssl.nn.encoder import build_encoder
+from fastssl.optim import build_optimizer, set_lr
+from fastssl.schedule import Clock, learning_rate
+from fastssl.settings import Config
+from pipelines.loader import Batch, Loader, available_cores, normalize
+from pipelines.views import num_views
+from shard_tools.manifest import Manifest
+
+HELP = """
+fastssl-train: self-supervised training on shards (= torchrun -m fastssl.train ...)
+
+  fastssl-train method=moco_v2 encoder=resnet50 data.root=SHARDS run.dir=runs/first
+  torchrun --nproc-per-node 8 -m fastssl.train method=moco_v2 data.root=SHARDS
+
+settings are key=value; the same command with the same run.dir resumes
+  method=moco_v1|moco_v2   encoder=resnet50|resnet18|resnet18_cifar|resnet10_narrow   encoder.name=timm/NAME
+  recipe=cifar10_moco_v2_cpu|demo
+  data.root=SHARDS         run.batch_size=256 (global)   run.duration=200ep|5000steps|10Mimages
+  run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
+  loader.backend=auto|dali|exact   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
+  --print-config           show every setting with its value, and stop
+exit codes: 0 done, 2 a setting or the data is wrong, 75 stopped by a signal with a checkpoint saved
+"""
+
+STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def main(argv: list[str] | None = None) -> int:
+    return config.run_command(_command, HELP, argv)
+
+
+def _command(arguments: list[str]) -> int:
+    overrides = [a for a in arguments if a != "--print-config"]
+    cfg = config.load(overrides)
+    if "--print-config" in arguments:
+        print(config.to_yaml(cfg))
+        return 0
+    try:
+        return run(cfg)
+    finally:
+        dist.teardown()
+
+
+def run(cfg: Config) -> int:
+    """One process's part of a training run, from settings to the last checkpoint. Returns the exit code."""
+    device = dist.setup(cfg.run.device)
+    _set_threads(cfg, device)
+    run_dir, specs = Path(cfg.run.dir), cfg.view_specs()
+    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    with Loader(
+        manifest, specs, batch_size=cfg.run.batch_size, seed=cfg.run.seed, rank=dist.rank(), world=dist.world(),
+        backend=cfg.loader.backend, device=str(device), threads=cfg.loader.threads, prefetch=cfg.loader.prefetch,
+        output=_loader_output(cfg, device), order=cfg.loader.order,
+    ) as loader:  # fmt: skip
+        clock = Clock(loader.steps_per_epoch, cfg.run.batch_size)
+        total = clock.steps(cfg.run.duration, "run.duration")
+        until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
+        lr = learning_rate(cfg.optim, clock, total)
+        torch.manual_seed(cfg.run.seed)
+        roles = {spec.role: spec.count for spec in specs}
+        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), roles, cfg.run.seed)
+        method.to(device, memory_format=torch.channels_last if cfg.run.channels_last else torch.contiguous_format)
+        optimizer = build_optimizer(method, cfg.optim, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
+        start = _resume(cfg, run_dir, loader.fingerprint, method, optimizer, scaler, device)
+        if start >= until:
+            if dist.rank() == 0:
+                print(f"{run_dir} is already at step {start} of {total}; nothing to do", file=sys.stderr)
+            return 0
+        log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every)
+        for line in _describe(cfg, manifest, loader, method, clock, total, lr, device, start):
+            log.say(line)
+        if dist.rank() == 0:
+            (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
+
+        def save(step: int) -> None:
+            training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+            checkpoint.save(run_dir, step, method, training, _meta(cfg, loader.fingerprint, method), cfg.run.keep)
+
+        knn_monitor = _knn_monitor(cfg, manifest, method, device)
+        try:
+            stopped_at = fit(
+                method, loader.batches(start), optimizer, scaler, lr, log, cfg=cfg, device=device,
+                steps=range(start, until), save=save, save_every=clock.every(cfg.run.save_every, "run.save_every"),
+                evaluate=knn_monitor, evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=StopRequest(),
+            )  # fmt: skip
+        finally:
+            log.close()
+    if stopped_at < until:
+        if dist.rank() == 0:
+            print(
+                f"stopped at step {stopped_at} of {total}, saved; the same command goes on from there", file=sys.stderr
+            )
+        return STOPPED
+    return 0
+
+
+def fit(
+    method: Method, batches: Iterator[Batch], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
+    lr: Callable[[int], float], log: RunLog, *, cfg: Config, device: torch.device, steps: range,
+    save: Callable[[int], None], save_every: int, evaluate: Callable[[], dict[str, float]], evaluate_every: int,
+    stop: Callable[[], bool],
+) -> int:  # fmt: skip
+    """The loop. Returns the number of steps that are done and saved: `steps.stop`, or earlier when asked to stop."""
+    model = dist.wrap(method)
+    autocast = (
+        torch.autocast(device.type, _AUTOCAST[cfg.run.precision]) if cfg.run.precision != "fp32" else nullcontext()
+    )
+    method.train()
+    for step in steps:
+        began = time.perf_counter()
+        batch = next(batches)
+        waited_s = time.perf_counter() - began
+        views = to_device(batch, cfg, device)
+        set_lr(optimizer, lr(step))
+
+        method.before_step(step)
+        with autocast:
+            output = model(views, step)
+        scaler.scale(output.loss).backward()
+        method.after_backward(step)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        method.after_step(output)
+
+        log.step(step, output, lr(step), waited_s)
+        done, last, asked = step + 1, step + 1 == steps.stop, stop()
+        if evaluate_every and not asked and (done % evaluate_every == 0 or last):
+            log.record(done, evaluate())
+            log.restart_window()
+        if last or asked or (save_every and done % save_every == 0):
+            save(done)
+            log.restart_window()
+        if asked:
+            return done
+    return steps.stop
+
+
+def to_device(batch: Batch, cfg: Config, device: torch.device) -> dict[str, list[Tensor]]:
+    """The batch's views as normalised floats on `device`, in the memory format of the run."""
+    memory_format = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
+
+    def prepare(view: Tensor) -> Tensor:
+        view = view.to(device, non_blocking=True)
+        if view.dtype == torch.uint8:
+            view = normalize(view, cfg.data.mean, cfg.data.std, torch.float32)
+        return view.contiguous(memory_format=memory_format)
+
+    return {role: [prepare(view) for view in views] for role, views in batch.views.items()}
+
+
+class StopRequest:
+    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a question the loop asks once a step; all ranks get the same answer.
+
+    The handlers only set a flag. A second signal of the same kind acts as if there were no handler.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def __call__(self) -> bool:
+        return dist.any_rank(self._asked)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self._asked = True
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+
+def _set_threads(cfg: Config, device: torch.device) -> None:
+    """torchrun gives each rank one thread; on a CPU that is the compute, so share the cores instead."""
+    if cfg.run.threads:
+        torch.set_num_threads(cfg.run.threads)
+    elif device.type == "cpu":
+        torch.set_num_threads(available_cores())
+
+
+def _loader_output(cfg: Config, device: torch.device) -> str:
+    """On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over."""
+    if device.type == "cpu" or cfg.loader.backend == "exact":
+        return "uint8"
+    return "float16" if cfg.run.precision == "fp16" else "float32"
+
+
+def _knn_monitor(
+    cfg: Config, manifest: Manifest, method: Method, device: torch.device
+) -> Callable[[], dict[str, float]]:
+    if cfg.knn.every == "never":
+        return dict
+    from fastssl.evaluate.monitor import KnnMonitor
+
+    return KnnMonitor(cfg, manifest, method, device)
+
+
+def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
+    (prefix,) = [name for name, module in method.named_modules() if module is method.backbone()]
+    return {
+        "config": dataclasses.asdict(cfg),
+        "fingerprint": fingerprint,
+        "backbone_prefix": f"{prefix}.",
+        "versions": {"fastssl": __version__, "torch": torch.__version__},
+    }
+
+
+def _resume(
+    cfg: Config, run_dir: Path, fingerprint: str, method: Method, optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler, device: torch.device,
+) -> int:  # fmt: skip
+    """Load the newest whole checkpoint of the run, if any; returns the step to begin with."""
+    folder = dist.main_says(str(checkpoint.newest(run_dir) or "") if dist.rank() == 0 else None)
+    if not folder:
+        return 0
+    if cfg.run.resume == "never":
+        raise checkpoint.CheckpointError(f"{run_dir} has a checkpoint and run.resume is never; give another run.dir")
+    meta = checkpoint.load_meta(Path(str(folder)))
+    changed = _changed(meta["config"], config.plain(cfg))
+    if changed:
+        raise checkpoint.CheckpointError(
+            f"{folder} was trained with other settings: {'; '.join(changed)}; set them back, or give another run.dir"
+        )
+    if meta["fingerprint"] != fingerprint:
+        raise checkpoint.CheckpointError(
+            f"{folder} was trained on other data than {cfg.data.root} now holds; give those shards back, or another run.dir"
+        )
+    training = checkpoint.restore(Path(str(folder)), method, device)
+    optimizer.load_state_dict(training["optimizer"])
+    scaler.load_state_dict(training["scaler"])
+    return int(meta["step"])
+
+
+# What may differ at a resume: where things are and how fast they go, not what is computed.
+_FREE = ("loader.", "knn.", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every", "run.keep",
+         "run.resume", "run.threads", "run.stop_after")  # fmt: skip
+
+
+def _changed(before: Any, now: Any, path: str = "") -> list[str]:
+    """Settings that differ and matter: ["run.seed was 0 and is 1"]."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [line for k in keys for line in _changed(before.get(k), now.get(k), f"{path}.{k}" if path else k)]
+    if before == now or path.startswith(_FREE):
+        return []
+    return [f"{path} was {before!r} and is {now!r}"]
+
+
+def _describe(
+    cfg: Config, manifest: Manifest, loader: Loader, method: Method, clock: Clock, total: int,
+    lr: Callable[[int], float], device: torch.device, start: int,
+) -> Iterator[str]:  # fmt: skip
+    """What is about to happen, so that a wrong number is seen before the night and not after it."""
+    share = cfg.run.batch_size // dist.world()
+    yield (
+        f"{cfg.method['name']} on {cfg.encoder.name}: {device.type}, {cfg.run.precision}, {dist.world()} rank(s), "
+        f"{torch.get_num_threads()} compute thread(s), views by {loader.backend_name} on {loader.threads} thread(s)"
+    )
+    yield (
+        f"data: {manifest.num_samples:,} images in {len(manifest.shards)} shards of {manifest.root}, "
+        f"{num_views(loader.specs)} views per image ({', '.join(f'{s.count} {s.role} {s.size} px' for s in loader.specs)})"
+    )
+    yield (
+        f"batch {cfg.run.batch_size} = {dist.world()} x {share}, {clock.steps_per_epoch} steps per epoch "
+        f"({loader.dropped_per_epoch} images of each epoch's tail left out), {total} steps in all"
+    )
+    scaled = "scaled by batch/256" if cfg.optim.lr_scaling == "linear" else "not scaled by the batch"
+    yield f"lr {cfg.optim.lr:g} as written, {scaled}, {lr(start):g} at step {start}"
+    chance = method.chance_level()
+    if chance is not None:
+        yield f"a loss of {chance:.3f} is chance level; it may rise at first while the queue fills with real keys"
+    queue = cfg.method.get("queue_length", 0)
+    if queue >= manifest.num_samples:
+        yield (
+            f"warning: method.queue_length {queue} is not smaller than the {manifest.num_samples} images, so that a query "
+            f"meets its own older keys as negatives; a quarter of the data set or less is usual"
+        )
+    if start:
+        yield f"resumed at step {start}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
