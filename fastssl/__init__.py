@@ -21,12 +21,14 @@ def _bind_own_rooms() -> None:
             found = Path(getattr(loaded, "__file__", None) or "an unnamed place")
             if found.resolve() != own:
                 raise ImportError(
-                    f"package {room!r} was already imported from {found.parent}, but fastssl needs its own in {own.parent}; "
+                    f"package {room!r} was already imported from {found.parent}, but fastssl needs {own.parent}; "
                     f"import fastssl first, or rename the other package"
                 )
             continue
         if not own.is_file():
-            raise ImportError(f"fastssl needs its own package {room!r} in {own.parent}, which is missing; reinstall fastssl-train")
+            raise ImportError(
+                f"fastssl needs its own package {room!r} in {own.parent}, which is missing; reinstall fastssl-train"
+            )
         spec = spec_from_file_location(room, own, submodule_search_locations=[str(own.parent)])
         assert spec is not None
         assert spec.loader is not None

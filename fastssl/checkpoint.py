@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,12 @@ def save(run_dir: Path, step: int, model: nn.Module, training: dict[str, Any], m
 
 
 def newest(run_dir: Path) -> Path | None:
-    """The newest checkpoint folder whose hashes all agree, or None. Broken ones are passed over with a line on stderr."""
+    """The newest checkpoint folder whose hashes all agree, or None. Broken ones are passed over with a warning."""
     for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
         fault = check(folder)
         if fault is None:
             return folder
-        print(f"warning: checkpoint {folder} is passed over: {fault}", flush=True)
+        print(f"warning: checkpoint {folder} is passed over: {fault}", file=sys.stderr, flush=True)
     return None
 
 

@@ -36,7 +36,7 @@ def load(overrides: Sequence[str], name: str = "train") -> Config:
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """The plain, resolved tree of `configs/<name>.yaml` with overrides such as "run.seed=1" applied. Raises ConfigError."""
+    """The plain, resolved tree of `configs/<name>.yaml` after overrides such as "run.seed=1". Raises ConfigError."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
@@ -56,15 +56,15 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
 def convert(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
     """Build the dataclass `cls` from a mapping, recursively.
 
-    Numbers written as int become float where a float is wanted; lists become tuples. Anything else of the wrong type, an
-    unknown key, a missing value, or a ValueError of the dataclass itself raises ConfigError with the full key.
+    Numbers written as int become float where a float is wanted; lists become tuples. Anything else of the wrong type,
+    an unknown key, a missing value, or a ValueError of the dataclass itself raises ConfigError with the full key.
     """
     hints = typing.get_type_hints(cls)
     known = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
     for key in values:
         if key not in known:
             raise ConfigError(_unknown_key(_join(path, str(key)), [_join(path, k) for k in known]))
-    arguments = {key: _value(hints[key], value, _join(path, key)) for key, value in values.items()}
+    arguments = {key: convert_value(hints[key], value, _join(path, key)) for key, value in values.items()}
     for key, f in known.items():
         if key not in arguments and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{_join(path, key)} is missing; give it as {_join(path, key)}=VALUE")
@@ -77,9 +77,9 @@ def convert(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 
 
 def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Sequence[str] | None = None) -> int:
-    """What every fastssl command does around `run(overrides)`: --help, --version, one sentence per error, the exit code.
+    """What every fastssl command does around `run(overrides)`: --help, --version, errors as sentences, the exit code.
 
-    ValueError (ConfigError, ShardError and the like) and DecodeError are what a user can mend: exit 2 without a traceback.
+    ValueError (ConfigError, ShardError and the like) and DecodeError are what a user can mend: exit 2, no traceback.
     """
     from fastssl import __version__
 
@@ -102,13 +102,14 @@ def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Se
         return 130
 
 
-def _value(hint: Any, value: Any, path: str) -> Any:
+def convert_value(hint: Any, value: Any, path: str) -> Any:
+    """One value checked against a type such as int, Literal[...] or a dataclass. Raises ConfigError naming `path`."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
             return None
         (hint,) = [a for a in arguments if a is not type(None)]
-        return _value(hint, value, path)
+        return convert_value(hint, value, path)
     if value == "???":
         raise ConfigError(f"{path} is missing; give it as {path}=VALUE")
     if dataclasses.is_dataclass(hint):
@@ -118,7 +119,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is dict:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path} is {value!r}, but must be a group of settings")
-        return {str(k): _value(arguments[1], v, _join(path, str(k))) for k, v in value.items()}
+        return {str(k): convert_value(arguments[1], v, _join(path, str(k))) for k, v in value.items()}
     if origin is tuple:
         return _sequence(arguments, value, path)
     if origin is typing.Literal:
@@ -137,7 +138,7 @@ def _sequence(arguments: tuple[Any, ...], value: Any, path: str) -> tuple[Any, .
     if arguments[-1] is not Ellipsis and len(value) != len(arguments):
         raise ConfigError(f"{path} is {list(value)!r}, but must have {len(arguments)} entries")
     hints = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-    return tuple(_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(hints, value)))
+    return tuple(convert_value(h, v, f"{path}[{i}]") for i, (h, v) in enumerate(zip(hints, value)))
 
 
 def _scalar(hint: Any, value: Any, path: str) -> Any:

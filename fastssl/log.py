@@ -1,4 +1,4 @@
-"""What a run tells: a progress line in a terminal, metrics.jsonl, TensorBoard; images per second and the share of waiting.
+"""What a run tells: a progress line in a terminal, metrics.jsonl, TensorBoard; images per second and time waiting.
 
 Only rank 0 writes. Values stay on the device until a log line is due, so that the loop never waits for the GPU.
 """
@@ -9,6 +9,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +63,7 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def step(self, step: int, output: Output, lr: float, waited_s: float) -> None:
-        """After step number `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""
+        """After step `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""
         values = {"loss": output.loss, **output.logs}
         self._names = list(values)
         packed = torch.stack([v.detach().float() for v in values.values()])
@@ -83,17 +85,19 @@ class RunLog:
         }
         self.record(done, {**means, **rates})
         self._show(done, means["loss"], rates, elapsed / self._count)
-        self.restart_window()
+        self._sum, self._count, self._waited_s, self._window_began = None, 0, 0.0, time.perf_counter()
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the loss became {means['loss']} in the {self.every} steps before step {done}; "
                 f"lower optim.lr, add optim.warmup, or run with run.precision=bf16 or fp32"
             )
 
-    def restart_window(self) -> None:
-        """Leave what happened since the last line (an evaluation, a save) out of the next rates."""
-        self._sum, self._count, self._waited_s = None, 0, 0.0
-        self._window_began = time.perf_counter()
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Leave what happens inside (an evaluation, a save) out of the rates."""
+        began = time.perf_counter()
+        yield
+        self._window_began += time.perf_counter() - began
 
     def record(self, step: int, values: dict[str, float]) -> None:
         """A line of metrics.jsonl and TensorBoard scalars."""
@@ -115,7 +119,8 @@ class RunLog:
     def _show(self, done: int, loss: float, rates: dict[str, float], step_s: float) -> None:
         if not self.main:
             return
-        text = f"loss {loss:.4f}  lr {rates['lr']:.4g}  {rates['images_per_s']:.0f} images/s  data wait {rates['data_wait']:.1%}"
+        speed = f"{rates['images_per_s']:.0f} images/s  data wait {rates['data_wait']:.1%}"
+        text = f"loss {loss:.4f}  lr {rates['lr']:.4g}  {speed}"
         if self._progress:
             self._progress.update(self._task, completed=done, description=text)
         elif done == self.total or time.monotonic() - self._last_plain_line >= PLAIN_LINE_EVERY_S:
@@ -137,13 +142,8 @@ def _reopen(path: Path, start: int) -> Any:
 
 
 def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
-    return lines
+    text = path.read_text()
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _progress_bar() -> Progress:

@@ -11,7 +11,7 @@ from fastssl.settings import OptimConfig
 
 
 def build_optimizer(method: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """SGD over the parameters that take gradients. Raises ValueError where the fused form asked for is not to be had."""
+    """SGD over the parameters that take gradients. Raises ValueError if the fused form is not to be had."""
     groups = parameter_groups(method, config.weight_decay, config.weight_decay_on)
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.fused == "apex":

@@ -1,4 +1,4 @@
-"""The tree of settings of a training run. Each group checks itself when built; what a method needs stands in its own file."""
+"""The tree of settings of a training run. Each group checks itself; what a method needs stands in its own file."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """backend auto: dali on a GPU, the fastest faithful backend on a CPU. threads 0: the cores shared by this host's ranks.
+    """backend auto: dali on a GPU, the fastest faithful one on a CPU. threads 0: the cores shared by the host's ranks.
 
     prefetch    batches made ahead of the step that consumes them
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a

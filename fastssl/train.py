@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastssl import __version__, checkpoint, config, dist
 from fastssl.log import RunLog
-from fastssl.methods import Method, build_method
+from fastssl.methods import Method, Output, build_method
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.schedule import Clock, learning_rate
@@ -43,8 +43,6 @@ exit codes: 0 done, 2 a setting or the data is wrong, 75 stopped by a signal wit
 
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
 
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 def main(argv: list[str] | None = None) -> int:
     return config.run_command(_command, HELP, argv)
@@ -65,45 +63,41 @@ def _command(arguments: list[str]) -> int:
 def run(cfg: Config) -> int:
     """One process's part of a training run, from settings to the last checkpoint. Returns the exit code."""
     device = dist.setup(cfg.run.device)
-    _set_threads(cfg, device)
-    run_dir, specs = Path(cfg.run.dir), cfg.view_specs()
-    manifest = Manifest.load(cfg.data.root, cfg.data.split)
-    with Loader(
-        manifest, specs, batch_size=cfg.run.batch_size, seed=cfg.run.seed, rank=dist.rank(), world=dist.world(),
-        backend=cfg.loader.backend, device=str(device), threads=cfg.loader.threads, prefetch=cfg.loader.prefetch,
-        output=_loader_output(cfg, device), order=cfg.loader.order,
-    ) as loader:  # fmt: skip
+    set_threads(cfg, device)
+    run_dir, manifest = Path(cfg.run.dir), Manifest.load(cfg.data.root, cfg.data.split)
+    with open_loader(cfg, manifest, device) as loader:
         clock = Clock(loader.steps_per_epoch, cfg.run.batch_size)
         total = clock.steps(cfg.run.duration, "run.duration")
         until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
         lr = learning_rate(cfg.optim, clock, total)
-        torch.manual_seed(cfg.run.seed)
-        roles = {spec.role: spec.count for spec in specs}
-        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), roles, cfg.run.seed)
-        method.to(device, memory_format=torch.channels_last if cfg.run.channels_last else torch.contiguous_format)
-        optimizer = build_optimizer(method, cfg.optim, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
-        start = _resume(cfg, run_dir, loader.fingerprint, method, optimizer, scaler, device)
+        training = Training.build(cfg, device)
+        start = _resume(training, run_dir, loader.fingerprint)
         if start >= until:
             if dist.rank() == 0:
                 print(f"{run_dir} is already at step {start} of {total}; nothing to do", file=sys.stderr)
             return 0
+        monitor = _knn_monitor(cfg, manifest, training)
         log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every)
-        for line in _describe(cfg, manifest, loader, method, clock, total, lr, device, start):
+        for line in _describe(training, manifest, loader, clock, total, lr, start):
             log.say(line)
         if dist.rank() == 0:
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
 
         def save(step: int) -> None:
-            training = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-            checkpoint.save(run_dir, step, method, training, _meta(cfg, loader.fingerprint, method), cfg.run.keep)
+            state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+            meta = _meta(cfg, loader.fingerprint, training.method)
+            with log.pause():
+                checkpoint.save(run_dir, step, training.method, state, meta, cfg.run.keep)
 
-        knn_monitor = _knn_monitor(cfg, manifest, method, device)
+        def evaluate() -> dict[str, float]:
+            with log.pause():
+                return monitor()
+
         try:
             stopped_at = fit(
-                method, loader.batches(start), optimizer, scaler, lr, log, cfg=cfg, device=device,
-                steps=range(start, until), save=save, save_every=clock.every(cfg.run.save_every, "run.save_every"),
-                evaluate=knn_monitor, evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=StopRequest(),
+                training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
+                save_every=clock.every(cfg.run.save_every, "run.save_every"),
+                evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=StopRequest(),
             )  # fmt: skip
         finally:
             log.close()
@@ -116,59 +110,115 @@ def run(cfg: Config) -> int:
     return 0
 
 
+@dataclasses.dataclass
+class Training:
+    """What a step works on: the method and everything that moves its weights."""
+
+    cfg: Config
+    device: torch.device
+    method: Method
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    model: torch.nn.Module  # the method, wrapped where ranks average gradients
+
+    @classmethod
+    def build(cls, cfg: Config, device: torch.device) -> Training:
+        """From settings alone, the same weights on every rank. Raises ValueError."""
+        torch.manual_seed(cfg.run.seed)
+        roles = {spec.role: spec.count for spec in cfg.view_specs()}
+        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), roles, cfg.run.seed)
+        method.to(device).to(memory_format=memory_format(cfg))
+        method.train()
+        optimizer = build_optimizer(method, cfg.optim, device)
+        scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
+        return cls(cfg, device, method, optimizer, scaler, dist.wrap(method))
+
+    def step(self, views: dict[str, list[Tensor]], step: int, lr: float) -> Output:
+        """One optimiser step on normalised float views; nothing in it waits for the device."""
+        set_lr(self.optimizer, lr)
+        self.method.before_step(step)
+        with autocast(self.cfg.run.precision, self.device):
+            output: Output = self.model(views, step)
+        self.scaler.scale(output.loss).backward()
+        self.method.after_backward(step)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.method.after_step(output)
+        return output
+
+
 def fit(
-    method: Method, batches: Iterator[Batch], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-    lr: Callable[[int], float], log: RunLog, *, cfg: Config, device: torch.device, steps: range,
-    save: Callable[[int], None], save_every: int, evaluate: Callable[[], dict[str, float]], evaluate_every: int,
+    training: Training,
+    batches: Iterator[Batch],
+    lr: Callable[[int], float],
+    log: RunLog,
+    *,
+    steps: range,
+    save: Callable[[int], None],
+    save_every: int,
+    evaluate: Callable[[], dict[str, float]],
+    evaluate_every: int,
     stop: Callable[[], bool],
-) -> int:  # fmt: skip
-    """The loop. Returns the number of steps that are done and saved: `steps.stop`, or earlier when asked to stop."""
-    model = dist.wrap(method)
-    autocast = (
-        torch.autocast(device.type, _AUTOCAST[cfg.run.precision]) if cfg.run.precision != "fp32" else nullcontext()
-    )
-    method.train()
+) -> int:
+    """The loop. Returns the number of steps that are done and saved: `steps.stop`, or fewer when asked to stop."""
     for step in steps:
         began = time.perf_counter()
         batch = next(batches)
         waited_s = time.perf_counter() - began
-        views = to_device(batch, cfg, device)
-        set_lr(optimizer, lr(step))
-
-        method.before_step(step)
-        with autocast:
-            output = model(views, step)
-        scaler.scale(output.loss).backward()
-        method.after_backward(step)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        method.after_step(output)
-
+        output = training.step(to_device(batch, training.cfg, training.device), step, lr(step))
         log.step(step, output, lr(step), waited_s)
+
         done, last, asked = step + 1, step + 1 == steps.stop, stop()
         if evaluate_every and not asked and (done % evaluate_every == 0 or last):
             log.record(done, evaluate())
-            log.restart_window()
         if last or asked or (save_every and done % save_every == 0):
             save(done)
-            log.restart_window()
         if asked:
             return done
     return steps.stop
 
 
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """Half precision where torch judges it safe; nothing for fp32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader:
+    """This rank's loader. Raises ValueError or ShardError."""
+    # On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over.
+    on_cpu = device.type == "cpu" or cfg.loader.backend == "exact"
+    return Loader(
+        manifest,
+        cfg.view_specs(),
+        batch_size=cfg.run.batch_size,
+        seed=cfg.run.seed,
+        rank=dist.rank(),
+        world=dist.world(),
+        backend=cfg.loader.backend,
+        device=str(device),
+        threads=cfg.loader.threads,
+        prefetch=cfg.loader.prefetch,
+        output="uint8" if on_cpu else "float16" if cfg.run.precision == "fp16" else "float32",
+        order=cfg.loader.order,
+    )
+
+
 def to_device(batch: Batch, cfg: Config, device: torch.device) -> dict[str, list[Tensor]]:
     """The batch's views as normalised floats on `device`, in the memory format of the run."""
-    memory_format = torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
     def prepare(view: Tensor) -> Tensor:
         view = view.to(device, non_blocking=True)
         if view.dtype == torch.uint8:
             view = normalize(view, cfg.data.mean, cfg.data.std, torch.float32)
-        return view.contiguous(memory_format=memory_format)
+        return view.contiguous(memory_format=memory_format(cfg))
 
     return {role: [prepare(view) for view in views] for role, views in batch.views.items()}
+
+
+def memory_format(cfg: Config) -> torch.memory_format:
+    return torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
 
 class StopRequest:
@@ -190,7 +240,7 @@ class StopRequest:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-def _set_threads(cfg: Config, device: torch.device) -> None:
+def set_threads(cfg: Config, device: torch.device) -> None:
     """torchrun gives each rank one thread; on a CPU that is the compute, so share the cores instead."""
     if cfg.run.threads:
         torch.set_num_threads(cfg.run.threads)
@@ -198,21 +248,12 @@ def _set_threads(cfg: Config, device: torch.device) -> None:
         torch.set_num_threads(available_cores())
 
 
-def _loader_output(cfg: Config, device: torch.device) -> str:
-    """On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over."""
-    if device.type == "cpu" or cfg.loader.backend == "exact":
-        return "uint8"
-    return "float16" if cfg.run.precision == "fp16" else "float32"
-
-
-def _knn_monitor(
-    cfg: Config, manifest: Manifest, method: Method, device: torch.device
-) -> Callable[[], dict[str, float]]:
+def _knn_monitor(cfg: Config, manifest: Manifest, training: Training) -> Callable[[], dict[str, float]]:
     if cfg.knn.every == "never":
         return dict
     from fastssl.evaluate.monitor import KnnMonitor
 
-    return KnnMonitor(cfg, manifest, method, device)
+    return KnnMonitor(cfg, manifest, training.method, training.device)
 
 
 def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
@@ -225,11 +266,9 @@ def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
     }
 
 
-def _resume(
-    cfg: Config, run_dir: Path, fingerprint: str, method: Method, optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler, device: torch.device,
-) -> int:  # fmt: skip
+def _resume(training: Training, run_dir: Path, fingerprint: str) -> int:
     """Load the newest whole checkpoint of the run, if any; returns the step to begin with."""
+    cfg = training.cfg
     folder = dist.main_says(str(checkpoint.newest(run_dir) or "") if dist.rank() == 0 else None)
     if not folder:
         return 0
@@ -243,11 +282,11 @@ def _resume(
         )
     if meta["fingerprint"] != fingerprint:
         raise checkpoint.CheckpointError(
-            f"{folder} was trained on other data than {cfg.data.root} now holds; give those shards back, or another run.dir"
+            f"{folder} was trained on other data than {cfg.data.root} holds; give those shards back, or another run.dir"
         )
-    training = checkpoint.restore(Path(str(folder)), method, device)
-    optimizer.load_state_dict(training["optimizer"])
-    scaler.load_state_dict(training["scaler"])
+    state = checkpoint.restore(Path(str(folder)), training.method, training.device)
+    training.optimizer.load_state_dict(state["optimizer"])
+    training.scaler.load_state_dict(state["scaler"])
     return int(meta["step"])
 
 
@@ -267,18 +306,26 @@ def _changed(before: Any, now: Any, path: str = "") -> list[str]:
 
 
 def _describe(
-    cfg: Config, manifest: Manifest, loader: Loader, method: Method, clock: Clock, total: int,
-    lr: Callable[[int], float], device: torch.device, start: int,
-) -> Iterator[str]:  # fmt: skip
+    training: Training,
+    manifest: Manifest,
+    loader: Loader,
+    clock: Clock,
+    total: int,
+    lr: Callable[[int], float],
+    start: int,
+) -> Iterator[str]:
     """What is about to happen, so that a wrong number is seen before the night and not after it."""
+    cfg, method = training.cfg, training.method
     share = cfg.run.batch_size // dist.world()
     yield (
-        f"{cfg.method['name']} on {cfg.encoder.name}: {device.type}, {cfg.run.precision}, {dist.world()} rank(s), "
-        f"{torch.get_num_threads()} compute thread(s), views by {loader.backend_name} on {loader.threads} thread(s)"
+        f"{cfg.method['name']} on {cfg.encoder.name}: {training.device.type}, {cfg.run.precision}, "
+        f"{dist.world()} rank(s), {torch.get_num_threads()} compute thread(s), "
+        f"views by {loader.backend_name} on {loader.threads} thread(s)"
     )
+    views = ", ".join(f"{s.count} {s.role} {s.size} px" for s in loader.specs)
     yield (
         f"data: {manifest.num_samples:,} images in {len(manifest.shards)} shards of {manifest.root}, "
-        f"{num_views(loader.specs)} views per image ({', '.join(f'{s.count} {s.role} {s.size} px' for s in loader.specs)})"
+        f"{num_views(loader.specs)} views per image ({views})"
     )
     yield (
         f"batch {cfg.run.batch_size} = {dist.world()} x {share}, {clock.steps_per_epoch} steps per epoch "
@@ -292,8 +339,8 @@ def _describe(
     queue = cfg.method.get("queue_length", 0)
     if queue >= manifest.num_samples:
         yield (
-            f"warning: method.queue_length {queue} is not smaller than the {manifest.num_samples} images, so that a query "
-            f"meets its own older keys as negatives; a quarter of the data set or less is usual"
+            f"warning: method.queue_length {queue} is not smaller than the {manifest.num_samples} images, so that a "
+            f"query meets its own older keys as negatives; a quarter of the data set or less is usual"
         )
     if start:
         yield f"resumed at step {start}"

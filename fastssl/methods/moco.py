@@ -34,8 +34,8 @@ from fastssl.settings import require
 class MocoConfig:
     """Hyper-parameters; the presets moco_v1 and moco_v2 hold the published values.
 
-    batch_norm  "shuffle": the key batch is shuffled over the ranks (section 3.3); on one process "split" takes its place
-                "split": statistics over split_groups parts of the batch, the key batch in another order than the query's
+    batch_norm  "shuffle": the key batch is shuffled over the ranks (section 3.3); on one process "split" stands in
+                "split": statistics over split_groups parts of the batch, the keys in another order than the queries
                 "sync": statistics over all ranks (GPU only; torch has no CPU form)
                 "plain": neither
     symmetric   both views serve as query and as key; the sum of both losses, and both keys enter the queue

@@ -43,7 +43,7 @@ def build_encoder(name: str, stem: str = "imagenet", width: float = 1.0) -> nn.M
 
 
 class ScaledResNet(ResNet):
-    """torchvision's ResNet v1.5 without `fc`, every stage `width` times as wide (SwAV's w2 and w4 are width 2 and 4)."""
+    """torchvision's ResNet v1.5 without `fc`, every stage `width` times as wide (SwAV's w2, w4: 2 and 4)."""
 
     def __init__(
         self, block: type[BasicBlock | Bottleneck], layers: Sequence[int], width: float = 1.0, stem: str = "imagenet"
@@ -53,7 +53,7 @@ class ScaledResNet(ResNet):
         channels = self._scaled(64)
         if stem == "cifar":
             self.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
-            self.maxpool = nn.Identity()  # type: ignore[assignment]
+            self.maxpool = nn.Identity()
         elif width != 1.0:
             self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
         if channels != 64:
@@ -61,7 +61,7 @@ class ScaledResNet(ResNet):
         if self.conv1.kernel_size != (7, 7) or width != 1.0:
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
         self.num_features = self._scaled(512) * block.expansion
-        self.fc = nn.Identity()  # type: ignore[assignment]
+        self.fc = nn.Identity()
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         if planes == 64:

@@ -146,7 +146,7 @@ def test_a_backbone_is_found_from_run_and_from_checkpoint_folder(tmp_path):
 
 def test_no_checkpoint_is_answered_by_one_sentence(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(CheckpointError, match="no checkpoint at .*; give a run directory"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint at .*; give a run directory"):
             checkpoint.load_backbone(path)
 
 

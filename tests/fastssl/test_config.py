@@ -84,7 +84,7 @@ def test_a_wrong_setting_is_answered_by_one_sentence(overrides, sentence):
     ],
 )
 def test_a_wrong_view_is_answered_by_one_sentence(override, sentence):
-    with pytest.raises(ValueError) as error:  # noqa: PT012
+    with pytest.raises(ValueError) as error:
         config.load([ROOT, override]).view_specs()
     assert sentence in str(error.value)
 

@@ -50,7 +50,7 @@ def train(method, optimizer, steps):
 
 
 def published_steps(method, steps, lr, temperature, symmetric):
-    """The authors' order: forward, EMA, key forward, loss with the positive in column 0, enqueue, backward, SGD by hand."""
+    """The authors' order: forward, EMA, key forward, loss, enqueue, backward, SGD by hand."""
     q, k = copy.deepcopy(method.encoder_q), copy.deepcopy(method.encoder_k)
     queue = collections.deque(method.queue.clone(), maxlen=len(method.queue))
     place = 0
@@ -167,7 +167,7 @@ def test_split_batch_norm_normalises_each_part_by_itself():
 
 
 def test_split_batch_norm_names_the_setting_when_the_batch_does_not_divide():
-    with pytest.raises(ValueError, match="method.split_groups is 3"):
+    with pytest.raises(ValueError, match=r"method\.split_groups is 3"):
         split_batchnorm_(nn.Sequential(nn.BatchNorm2d(3)), 3)(torch.randn(4, 3, 2, 2))
 
 
