@@ -1,0 +1,1 @@
+"""Evaluators of a frozen backbone on labelled shards: kNN, a sweep of linear probes, the published protocols."""

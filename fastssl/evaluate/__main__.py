@@ -1,0 +1,5 @@
+import sys
+
+from fastssl.evaluate.main import main
+
+sys.exit(main())

@@ -1,0 +1,92 @@
+"""What is evaluated: a checkpoint's backbone, or one of two baselines, with the view that fits it."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastssl import checkpoint
+from fastssl.evaluate.features import RawPixels
+from fastssl.evaluate.settings import EvaluateConfig
+from fastssl.nn.encoder import build_encoder
+from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
+from pipelines.views import ViewSpec
+
+
+@dataclass(frozen=True)
+class Subject:
+    """backbone in eval mode on the CPU; label such as "resnet50"; step None for a baseline; run_dir of the checkpoint.
+
+    view    the centre crop to test with, holding mean and std
+    """
+
+    backbone: nn.Module
+    label: str
+    step: int | None
+    run_dir: Path | None
+    view: ViewSpec
+
+
+def load_subject(cfg: EvaluateConfig) -> Subject:
+    """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint or it does not fit."""
+    if cfg.checkpoint == "pixels":
+        trained = _trained_config(cfg.like)
+        return Subject(RawPixels().eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, trained))
+    if cfg.checkpoint == "random":
+        trained = _trained_config(cfg.like)
+        encoder = trained.get("encoder") or dataclasses.asdict(cfg.encoder)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(cfg.run.seed)
+            backbone = build_encoder(**encoder).eval()
+        return Subject(backbone, f"untrained {encoder['name']}", None, None, test_view(cfg, trained))
+    if cfg.like:
+        raise ValueError(f"like is {cfg.like!r}, but only checkpoint=random and checkpoint=pixels follow another run")
+    backbone, meta = checkpoint.load_backbone(_folder(cfg.checkpoint))
+    run_dir = Path(meta["folder"]).resolve().parent.parent
+    name = meta["config"]["encoder"]["name"]
+    return Subject(backbone.eval(), name, int(meta["step"]), run_dir, test_view(cfg, meta["config"]))
+
+
+def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
+    """The centre crop of `cfg`; what it leaves open is taken from the settings of a training run, {} for none."""
+    monitor = trained.get("knn", {})
+    data = trained.get("data", {})
+    size, resize = crop_sizes(
+        cfg.view.size or monitor.get("view_size", 0),
+        cfg.view.resize or monitor.get("view_resize", 0),
+        first_view_px(trained.get("views", {})),
+    )
+    mean = cfg.data.mean or tuple(data.get("mean", IMAGENET_MEAN))
+    std = cfg.data.std or tuple(data.get("std", IMAGENET_STD))
+    return center_view(size, resize, mean, std)
+
+
+def center_view(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ViewSpec:
+    """A view without any chance in it."""
+    augment = AugmentSpec(flip_p=0.0, mean=mean, std=std)  # type: ignore[arg-type]
+    return ViewSpec(role="test", size=size, crop="center", resize=resize, augment=augment)
+
+
+def crop_sizes(size: int, resize: int, trained_px: int) -> tuple[int, int]:
+    """Side of the crop and shorter side before it; 0 means the training view's side, and 256/224 of the crop's."""
+    size = size or trained_px
+    return size, resize or round(size * 256 / 224)
+
+
+def first_view_px(views: dict[str, Any]) -> int:
+    """Side of the first training view of a saved config; 224 where there is none."""
+    return next((int(view["size"]) for view in views.values()), 224)
+
+
+def _trained_config(like: str) -> dict[str, Any]:
+    return checkpoint.load_meta(checkpoint.find(_folder(like)))["config"] if like else {}
+
+
+def _folder(path: str) -> Path:
+    """A checkpoint's own file, such as model.pt, stands for its folder, whose other files say what it is."""
+    return Path(path).parent if Path(path).is_file() else Path(path)
