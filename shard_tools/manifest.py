@@ -1,4 +1,4 @@
-"""The contract on disk: what `DST/<split>/manifest.json` and `index.npy` say, loaded and checked before anything is trusted.
+"""The contract on disk: what `DST/<split>/manifest.json` and `index.npy` say, checked before anything is trusted.
 
 Layout of a packed data set, DST:
     _info.json                        timm's index of all splits
@@ -116,7 +116,7 @@ class Manifest:
         return f"{self.shards[shard].name}:{name}"
 
     def check_quick(self) -> list[str]:
-        """All faults that sizes, the index's hash and its ranges show, one sentence each; [] is good. Reads no shard."""
+        """All faults that sizes, the index's hash and its ranges show, one each; [] is good. Reads no shard."""
         return [*_shard_faults(self), *_index_faults(self)]
 
     def to_bytes(self) -> bytes:
@@ -186,9 +186,7 @@ def _load(path: Path) -> Manifest:
     try:
         manifest, digest = _parse(document, path.parent)
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(
-            f"{path} is not a manifest of version {FORMAT_VERSION} ({error}); pack the split again"
-        ) from None
+        raise ShardError(f"{path} is no manifest of version {FORMAT_VERSION} ({error}); pack the split again") from None
     if manifest.digest != digest:
         raise ShardError(f"{path} was changed after packing (its digest does not match); pack the split again")
     return manifest

@@ -1,0 +1,344 @@
+"""The command `shard_tools pack | verify | info | index | extract`: arguments to functions, errors to sentences."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from shard_tools import info
+from shard_tools.adopt import AdoptOptions, adopt
+from shard_tools.census import table
+from shard_tools.disk import DiskFull
+from shard_tools.extract import extract
+from shard_tools.images import Resize
+from shard_tools.manifest import Manifest, ShardError
+from shard_tools.pack import Packed, PackOptions, pack
+from shard_tools.sources import Source, cifar10, demo, files, imagefolder, imagenet, webdataset
+from shard_tools.verify import check, check_info, manifests_below
+
+EXIT_BAD_INPUT, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 4, 130
+_MAX_LIST_BYTES = 256 * 2**20
+
+_SOURCES = {
+    "imagenet": "ImageNet-1k: SRC/train/<wnid>/*.JPEG; val in class folders, or flat with --val-labels",
+    "imagefolder": "class folders SRC/<class>/..., or SRC/<split>/<class>/...",
+    "files": "any tree of images, without labels",
+    "cifar10": "CIFAR-10: the python version's pickles, or train/<class>/ and test/<class>/",
+    "webdataset": "WebDataset shards to be packed again: a folder, a .tar, or a path like x-{000..012}.tar",
+    "demo": "patches of the photographs that scikit-image and scikit-learn ship; no SRC, no download",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 good, 2 bad input or data, 4 disk full, 130 interrupted."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except DiskFull as error:
+        return _fail(error, EXIT_DISK_FULL)
+    except (ShardError, ValueError) as error:
+        return _fail(error, EXIT_BAD_INPUT)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted; run the same command again", EXIT_INTERRUPTED)
+    except BrokenPipeError:  # the reader of our output has seen enough, as in `shard_tools info DIR | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(
+            f"{error.filename or 'a file'}: {error.strerror}; check the path and its permissions", EXIT_BAD_INPUT
+        )
+
+
+def _fail(message: object, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+# ---- pack
+
+
+def _pack(args: argparse.Namespace) -> int:
+    options = PackOptions(
+        shard_size=args.shard_size,
+        shard_bytes=args.shard_bytes,
+        resize=_resize(args),
+        workers=args.workers,
+        seed=args.seed,
+        limit=args.limit,
+        on_bad=args.on_bad,
+        subset=None if args.subset_file is None else _names(args.subset_file, "--subset-file"),
+        overwrite=args.overwrite,
+    )
+    default = ["train", "test"] if args.source == "demo" else ["train"]
+    for split in [args.split] if args.split else default:
+        _check_split(split)
+        print("\n".join(_report(pack(_source(args, split), args.dst, options))))
+    return 0
+
+
+def _source(args: argparse.Namespace, split: str) -> Source:
+    if args.source == "demo":
+        return demo.open_source(split, seed=args.seed)
+    if args.source == "webdataset":
+        return webdataset.open_source(args.src, split, args.classes and _names(args.classes, "--classes"))
+    src = Path(args.src)
+    if not src.is_dir():
+        raise ShardError(f"no such folder: {src}; give the one that holds the images as SRC")
+    if args.source == "imagenet":
+        return imagenet.open_source(src, split, args.val_labels)
+    modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10}
+    return modules[args.source].open_source(src, split)
+
+
+def _resize(args: argparse.Namespace) -> Resize | None:
+    if args.max_side is None and args.short_side is None:
+        if args.quality is not None:
+            raise ShardError("--quality only matters to a resize; add --max-side or --short-side, or leave it out")
+        return None
+    side = args.max_side if args.short_side is None else args.short_side
+    if side < 1 or not 1 <= (args.quality or 90) <= 100:
+        raise ShardError("--max-side and --short-side must be at least 1 px, and --quality between 1 and 100")
+    return Resize(args.max_side or 0, args.short_side or 0, args.quality or 90)
+
+
+def _report(packed: Packed) -> list[str]:
+    manifest = packed.manifest
+    shards = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
+    if packed.progress is None:
+        return [f"{manifest.split}: already packed with these options ({shards} in {manifest.root}); nothing to do"]
+    size = sum(shard.num_bytes for shard in manifest.shards) / 1e6
+    kept = f", continued behind {packed.num_shards_kept} complete shards" if packed.num_shards_kept else ""
+    rates = f"{packed.progress.seconds:.1f} s, {packed.progress.rates()}"
+    lines = [f"{manifest.split}: {shards}, {size:.1f} MB in {manifest.root}; {rates}{kept}"]
+    if manifest.classes is not None:
+        lines.append(f"  classes    {len(manifest.classes)}")
+    if ignored := manifest.source.get("num_ignored"):
+        lines.append(f"  ignored    {ignored} files that are not named as images")
+    return [*lines, *table(manifest.census)]
+
+
+# ---- the other commands
+
+
+def _verify(args: argparse.Namespace) -> int:
+    manifests = manifests_below(args.dir)
+    faults = check_info(args.dir, manifests)
+    for manifest in manifests:
+        found = check(manifest, full=args.full, workers=args.workers)
+        faults += found
+        how = "hashes, structure and decoding" if args.full else "sizes and indexes; --full reads the images"
+        what = f"{len(found)} faults" if found else f"good ({how})"
+        print(f"{manifest.split}: {manifest.num_samples} images in {len(manifest.shards)} shards: {what}")
+    for fault in faults:
+        print(fault, file=sys.stderr)
+    if faults:
+        raise ShardError(f"{args.dir} has {len(faults)} faults; restore the files named above, or pack them again")
+    return 0
+
+
+def _info(args: argparse.Namespace) -> int:
+    documents = []
+    for manifest in manifests_below(args.dir):
+        document = info.describe(manifest)
+        if args.stats:
+            document["pixels"] = info.pixel_statistics(manifest)
+        documents.append(document)
+    if args.json:
+        print(json.dumps({"splits": documents}, indent=1))
+        return 0
+    for document in documents:
+        print("\n".join(info.lines(document)))
+        if pixels := document.get("pixels"):
+            print(f"  mean       {pixels['mean']} (of {pixels['num_images']} images, RGB from 0 to 1)")
+            print(f"  std        {pixels['std']}")
+    return 0
+
+
+def _index(args: argparse.Namespace) -> int:
+    _check_split(args.split)
+    classes = None if args.classes is None else _names(args.classes, "--classes")
+    options = AdoptOptions(args.split, classes, args.on_bad, args.workers, args.overwrite)
+    for manifest in adopt(args.dir, options):
+        print("\n".join(info.lines(info.describe(manifest))))
+    return 0
+
+
+def _extract(args: argparse.Namespace) -> int:
+    *keys, last = [*args.keys, *([] if args.out is None else [args.out])]
+    rows = [row for key in keys for row in _rows(key)]
+    if not rows:
+        raise ShardError("give at least one key and then the folder OUT, as in `--keys 0 17 100-120 OUT`")
+    for path in extract(Manifest.load(args.dir, args.split), rows, Path(last)):
+        print(path)
+    return 0
+
+
+def _rows(key: str) -> range:
+    """One sample number, or an inclusive range a-b of them."""
+    match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", key)
+    if not match:
+        raise ShardError(f"the key {key!r} is neither a sample's number nor a range such as 100-120; see `info`")
+    first = int(match[1])
+    return range(first, int(match[2] or first) + 1)
+
+
+def _check_split(split: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", split):
+        raise ShardError(f"--split is {split!r}, but may only hold letters, digits, - and _")
+
+
+def _names(path: Path, option: str) -> tuple[str, ...]:
+    """The lines of a list, empty ones left out."""
+    try:
+        with path.open(encoding="utf-8", errors="surrogateescape") as file:
+            names = tuple(line for line in (line.strip() for line in file.read(_MAX_LIST_BYTES).splitlines()) if line)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}); check {option}") from None
+    if not names:
+        raise ShardError(f"{path} holds no names; check {option}")
+    return names
+
+
+# ---- arguments
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="shard_tools",
+        description="Pack images into WebDataset tar shards, and check, describe and read them.",
+        epilog="example: shard_tools pack imagefolder photos/ shards/ && shard_tools verify shards/ --full",
+    )
+    parser.add_argument("--version", action="version", version=f"shard_tools {_version()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_pack(commands)
+    _add_verify(commands)
+    _add_info(commands)
+    _add_index(commands)
+    _add_extract(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> argparse.ArgumentParser:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser(
+        name, help=summary, description=summary, epilog=f"example: {example}", formatter_class=formatter
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_pack(commands: Any) -> None:
+    summary = "pack images into shards; an interrupted pack continues when the same command is run again"
+    example = "shard_tools pack imagenet /data/imagenet shards/ --split train --on-bad quarantine"
+    more = "options of a source: shard_tools pack SOURCE --help"
+    parser = _command(commands, "pack", _pack, summary, f"{example}\n{more}")
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+    for name, what in _SOURCES.items():
+        paths = "DST" if name == "demo" else "SRC DST --split train --workers 8"
+        sub = _command(sources, name, _pack, what, f"shard_tools pack {name} {paths}")
+        if name != "demo":
+            sub.add_argument("src", metavar="SRC", help="where the images are")
+        sub.add_argument("dst", metavar="DST", type=Path, help="folder of the shards; the split gets one inside it")
+        if name == "imagenet":
+            sub.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat val folder")
+        if name == "webdataset":
+            sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, from class 0")
+        _add_pack_options(sub)
+
+
+def _add_pack_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--split", help="train, val, test, ... (default: train; for the demo train and test)")
+    add("--shard-size", type=int, default=1000, metavar="N", help="most samples in a shard (default: 1000)")
+    add("--shard-bytes", type=_bytes, default=0, metavar="SIZE", help="most bytes in a shard, such as 500MB")
+    resize = parser.add_mutually_exclusive_group()
+    resize.add_argument("--max-side", type=int, metavar="PX", help="shrink until the longer side has PX px at most")
+    resize.add_argument("--short-side", type=int, metavar="PX", help="shrink until the shorter side has PX px")
+    add("--quality", type=int, metavar="1-100", help="JPEG quality of shrunk images (default: 90)")
+    add("--seed", type=int, default=0, help="of the shuffle over all images (default: 0)")
+    add("--limit", type=int, default=0, metavar="N", help="pack only N images, chosen at random")
+    add("--subset-file", type=Path, metavar="FILE", help="pack only the images listed, one file name a line")
+    bad = "bad images: fail at the first (default), quarantine: leave out and list, keep: pack if the header is good"
+    add("--on-bad", default="fail", choices=("fail", "quarantine", "keep"), help=bad)
+    add("--overwrite", action="store_true", help="remove an earlier pack of this split from DST first")
+    _add_workers(parser)
+
+
+def _add_verify(commands: Any) -> None:
+    parser = _command(
+        commands, "verify", _verify, "check shards against their manifest", "shard_tools verify shards/ --full"
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("--full", action="store_true", help="read everything: hashes, tar structure, every image")
+    _add_workers(parser)
+
+
+def _add_info(commands: Any) -> None:
+    parser = _command(commands, "info", _info, "say what shards hold", "shard_tools info shards/ --json")
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--stats", action="store_true", help="also mean and std of the channels, over 1000 images")
+
+
+def _add_index(commands: Any) -> None:
+    summary = "adopt WebDataset shards without packing them again: writes .idx, index.npy, manifest.json, _info.json"
+    parser = _command(commands, "index", _index, summary, "shard_tools index /data/cc3m --split train")
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a folder of .tar files, or of split folders of them")
+    parser.add_argument("--split", default="train", help="name of the split, if DIR holds the tars (default: train)")
+    parser.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, from class 0")
+    bad = "bad images: fail (default), or quarantine: leave them out of the index"
+    parser.add_argument("--on-bad", default="fail", choices=("fail", "quarantine"), help=bad)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier index")
+    _add_workers(parser)
+
+
+def _add_extract(commands: Any) -> None:
+    parser = _command(
+        commands,
+        "extract",
+        _extract,
+        "write samples as image files",
+        "shard_tools extract shards/ --keys 0 17 100-120 pictures/",
+    )
+    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("--split", default="train", help="of DIR, if it holds several (default: train)")
+    parser.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="numbers of samples, or ranges a-b")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write to")
+
+
+def _add_workers(parser: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument(
+        "--workers", type=int, default=cores, metavar="N", help=f"processes (default: all {cores} cores)"
+    )
+
+
+def _bytes(text: str) -> int:
+    """500MB, 1GiB, 12345: a number with a decimal or binary unit, in bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size such as 500MB or 1GiB")
+    power = " KMGT".index((match[2] or " ").upper())
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("fastssl-train")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,74 @@
+"""Writing that survives a kill: beside the target, flushed, renamed; a full disk is a sentence, not a traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from shard_tools.manifest import ShardError
+
+PARTIAL = ".partial"  # suffix of a file that is still being written
+
+
+class DiskFull(ShardError):
+    """The disk, a quota or a size limit stopped a write; what was complete before is kept."""
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Put `content` at `path`, all or nothing, durable when this returns."""
+    partial = partial_path(path)
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    put_in_place(path)
+
+
+def partial_path(path: Path) -> Path:
+    return path.with_name(path.name + PARTIAL)
+
+
+def put_in_place(path: Path) -> None:
+    """Rename the flushed partial file of `path` to `path`, durably."""
+    os.replace(partial_path(path), path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and deletions in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold `folder` alone; the kernel lets go of it when the process ends, however it ends.
+
+    Raises ShardError if another process holds it and `wait` is not set.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+    except BlockingIOError:
+        raise ShardError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def full_disk_explained(folder: Path, remedy: str) -> Iterator[None]:
+    """Turn the errors of a full disk inside into DiskFull, and the other errors of writing into ShardError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise DiskFull(f"no space left for {folder} ({error.strerror}); {remedy}") from None
+        raise ShardError(f"{error.filename or folder} cannot be written ({error.strerror}); {remedy}") from None

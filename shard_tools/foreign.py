@@ -1,0 +1,152 @@
+"""Samples of a WebDataset shard that someone else may have written: members grouped by key, hostile ones refused.
+
+The key of a member is its path up to the first dot of the file name, as webdataset and DALI have it; the rest is its
+extension. Only by reading offsets and sizes, never by extracting.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from shard_tools.manifest import MAX_MEMBER_BYTES, ShardError
+from shard_tools.tar import Member, members
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+_MAX_JSON_BYTES = 2**20
+_MAX_LABEL = 10**6
+_REPACK = "re-pack the shard"
+
+
+@dataclass
+class Sample:
+    """The members of one key by extension (lower case); `meta` is the content of .json, {} without one."""
+
+    key: str
+    members: dict[str, Member] = field(default_factory=dict)
+    label: int = -1
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def image(self) -> Member:
+        return next(self.members[extension] for extension in IMAGE_EXTENSIONS if extension in self.members)
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The samples of one tar in order, each with exactly one image, and its label from .cls or .json.
+
+    Raises ShardError, naming shard and member, for what readers would mistake or a hostile archive might hold: links
+    and devices, paths that leave the folder, keys that reappear, doubled members, dots in keys, samples without an
+    image or with a label that is no integer.
+    """
+    samples = list(_grouped(path))
+    with path.open("rb") as file:
+        for sample in samples:
+            _check_image(path, sample)
+            sample.meta = _meta(path, file.fileno(), sample)
+            sample.label = _label(path, file.fileno(), sample)
+    return samples
+
+
+def read_payload(path: Path, member: Member) -> bytes:
+    """The bytes of a member; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(descriptor, member.size, member.offset)
+    finally:
+        os.close(descriptor)
+
+
+def _grouped(path: Path) -> Iterator[Sample]:
+    seen: set[str] = set()
+    sample: Sample | None = None
+    for member in members(path):
+        _check_path(path, member)
+        folder, _, file_name = member.name.rpartition("/")
+        stem, _, extension = file_name.partition(".")
+        if not stem or not extension or (stem.startswith("__") and stem.endswith("__")):
+            continue  # hidden, without an extension, or webdataset's own notes: no reader takes these for samples
+        key = f"{folder}/{stem}" if folder else stem
+        if sample is None or key != sample.key:
+            if sample is not None:
+                yield sample
+            if key in seen:
+                raise ShardError(f"{path}: the members of {key!r} are not together; {_REPACK}")
+            seen.add(key)
+            sample = Sample(key)
+        if extension.lower() in sample.members:
+            raise ShardError(f"{path}: {member.name!r} is there twice; {_REPACK}")
+        sample.members[extension.lower()] = member
+    if sample is not None:
+        yield sample
+
+
+def _check_path(path: Path, member: Member) -> None:
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        raise ShardError(f"{path}: the member {member.name!r} points out of its folder; {_REPACK} without it")
+
+
+def _check_image(path: Path, sample: Sample) -> None:
+    images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
+    if len(images) > 1:
+        raise ShardError(f"{path}: the sample {sample.key!r} has {len(images)} images ({', '.join(images)}); {_REPACK}")
+    if images:
+        return
+    dotted = [e for e in sample.members if "." in e and e.rpartition(".")[2] in IMAGE_EXTENSIONS]
+    if dotted:
+        name = sample.members[dotted[0]].name
+        raise ShardError(f"{path}: {name!r} has a dot in its key, which readers take for an extension; {_REPACK}")
+    raise ShardError(f"{path}: the sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); {_REPACK}")
+
+
+def _meta(path: Path, descriptor: int, sample: Sample) -> dict[str, Any]:
+    member = sample.members.get("json")
+    if member is None:
+        return {}
+    if member.size > _MAX_JSON_BYTES:
+        raise ShardError(f"{path}: {member.name!r} has more than {_MAX_JSON_BYTES} bytes; {_REPACK}")
+    try:
+        document = json.loads(os.pread(descriptor, member.size, member.offset))
+    except (ValueError, RecursionError):
+        raise ShardError(f"{path}: {member.name!r} is not valid JSON; {_REPACK}") from None
+    return document if isinstance(document, dict) else {}
+
+
+def _label(path: Path, descriptor: int, sample: Sample) -> int:
+    """The integer of .cls, or of "label" or "cls" in .json; -1 where there is none."""
+    member = sample.members.get("cls")
+    if member is not None:
+        text = os.pread(descriptor, min(member.size, 21), member.offset).strip()
+        if not re.fullmatch(rb"\d{1,20}", text) or int(text) >= _MAX_LABEL:
+            raise ShardError(f"{path}: {member.name!r} holds {text!r}, not a class number; {_REPACK}")
+        return int(text)
+    for key in ("label", "cls"):
+        value = sample.meta.get(key)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_LABEL:
+            return value
+    return -1
+
+
+def check_size(path: Path, sample: Sample) -> None:
+    """Raise ShardError for an image that is empty or too large to be one."""
+    if not 0 < sample.image.size <= MAX_MEMBER_BYTES:
+        raise ShardError(f"{path}: {sample.image.name!r} has {sample.image.size} bytes; {_REPACK} without it")
+
+
+def numbered_classes(labels: set[int], names: tuple[str, ...] | None, where: object) -> tuple[str, ...] | None:
+    """The classes of foreign labels: `names` if given, else "0", "1", ...; None where no sample has a label.
+
+    Raises ShardError where some samples have one and others not, or a label has no name.
+    """
+    if labels == {-1}:
+        return None
+    if -1 in labels:
+        raise ShardError(f"{where}: some samples have a label and others have none; give all of them one, or none")
+    if names is not None and max(labels) >= len(names):
+        raise ShardError(f"{where}: the label {max(labels)} has no name among {len(names)} classes; check --classes")
+    return names or tuple(str(number) for number in range(max(labels) + 1))

@@ -1,0 +1,66 @@
+"""What a packed data set is: a table for people, a document for programs, and the statistics of its pixels."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from shard_tools.census import table
+from shard_tools.extract import read_image
+from shard_tools.manifest import Manifest
+
+
+def describe(manifest: Manifest) -> dict[str, Any]:
+    """One split as plain data."""
+    labels = manifest.index()["label"]
+    counts = np.bincount(labels, minlength=len(manifest.classes or ())) if manifest.labelled else np.zeros(0, int)
+    return {
+        "split": manifest.split,
+        "num_samples": manifest.num_samples,
+        "num_shards": len(manifest.shards),
+        "num_bytes": sum(shard.num_bytes for shard in manifest.shards),
+        "num_classes": None if manifest.classes is None else len(manifest.classes),
+        "samples_per_class": [int(counts.min()), int(counts.max())] if len(counts) else None,
+        "digest": manifest.digest,
+        "source": manifest.source,
+        "options": manifest.options,
+        "census": manifest.census,
+    }
+
+
+def lines(document: dict[str, Any]) -> list[str]:
+    """What `describe` returned, for people."""
+    per_class = document["samples_per_class"]
+    classes = (
+        "none" if per_class is None else f"{document['num_classes']}, {per_class[0]} to {per_class[1]} images each"
+    )
+    shards = f"{document['num_shards']} shards, {document['num_bytes'] / 1e6:.1f} MB"
+    return [
+        f"{document['split']}: {document['num_samples']} images in {shards}, from {document['source'].get('kind')}",
+        f"  classes    {classes}",
+        *table(document["census"]),
+        f"  digest     {document['digest'][:16]}",
+    ]
+
+
+def pixel_statistics(manifest: Manifest, num_images: int = 1000) -> dict[str, Any]:
+    """Mean and standard deviation of each channel, 0 to 1, over a fixed random sample in which every image weighs 1.
+
+    Raises ShardError for a damaged image.
+    """
+    rows = manifest.index()
+    order = np.argsort(np.random.Philox(key=0).random_raw(len(rows)), kind="stable")
+    kept = {entry.get("row") for entry in manifest.census.get("bad", [])}
+    chosen = [row for row in order.tolist() if row not in kept][:num_images]
+    sums, squares = np.zeros(3), np.zeros(3)
+    for row in chosen:
+        with Image.open(io.BytesIO(read_image(manifest, rows, row))) as image:
+            pixels = np.asarray(image.convert("RGB"), np.float32) / 255
+        sums += pixels.mean(axis=(0, 1), dtype=np.float64)
+        squares += np.square(pixels).mean(axis=(0, 1), dtype=np.float64)
+    mean = sums / len(chosen)
+    std = np.sqrt(squares / len(chosen) - mean**2)
+    return {"num_images": len(chosen), "mean": mean.round(4).tolist(), "std": std.round(4).tolist()}

@@ -1,0 +1,111 @@
+"""USTAR members, written so that the same input gives the same bytes, and a strict walk over the members of any tar.
+
+The header is packed here and not by `tarfile`, whose output has changed between Python versions.
+"""
+
+from __future__ import annotations
+
+import struct
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shard_tools.manifest import ShardError
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+
+# name, mode, uid, gid, size, mtime, checksum, type, linkname, magic, version, uname, gname, devmajor, devminor, prefix
+_HEADER = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 6s 2s 32s 32s 8s 8s 155s 12x")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file in a tar: `offset` and `size` of its payload in bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def header(name: str, size: int) -> bytes:
+    """The 512 bytes before a payload: mode 0644, owner 0, time 0. `name` is ASCII of at most 100 characters."""
+    fields: list[bytes] = [
+        name.encode("ascii"),
+        b"0000644",
+        b"0000000",
+        b"0000000",
+        b"%011o" % size,
+        b"%011o" % 0,
+        b" " * 8,  # the checksum is taken with its own field blank
+        b"0",
+        b"",
+        b"ustar",
+        b"00",
+        b"",
+        b"",
+        b"",
+        b"",
+        b"",
+    ]
+    fields[6] = b"%06o\0 " % sum(_HEADER.pack(*fields))
+    return _HEADER.pack(*fields)
+
+
+def member(name: str, payload: bytes) -> bytes:
+    """Header, payload and padding to whole blocks; the payload begins at byte 512 of it."""
+    return b"".join((header(name, len(payload)), payload, bytes(-len(payload) % BLOCK)))
+
+
+def members(path: Path) -> Iterator[Member]:
+    """Every regular file of an uncompressed tar, in order; folders are passed over.
+
+    A tar without its end blocks is accepted when it stops at a member's edge.
+    Raises ShardError for a damaged, cut or compressed tar, and for links, devices and sparse files, which no reader of
+    shards gives back as they went in.
+    """
+    try:
+        with tarfile.open(path, "r:") as archive:
+            reached = 0
+            for entry in archive:
+                if entry.offset_data < max(reached, BLOCK) or entry.size < 0:
+                    raise ShardError(f"{path}: the member {entry.name!r} points backwards; restore the shard")
+                reached = entry.offset_data + entry.size
+                if entry.isdir():
+                    continue
+                if not entry.isreg() or entry.issparse():
+                    raise ShardError(
+                        f"{path}: {entry.name!r} is {_kind(entry)}, not a regular file; re-pack without it"
+                    )
+                yield Member(entry.name, entry.offset_data, entry.size)
+            _check_end(path, archive.offset, reached)
+    except tarfile.TarError as error:
+        raise ShardError(f"{path} is not a readable, uncompressed tar ({error}); restore or re-pack it") from None
+    except (MemoryError, OverflowError, RecursionError):
+        raise ShardError(f"{path} has an impossible header; restore or re-pack it") from None
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
+
+
+def _check_end(path: Path, offset: int, reached: int) -> None:
+    """`tarfile` stops quietly at a damaged header: the walk is whole only at zeros or at the end of the file."""
+    size = path.stat().st_size
+    if reached > size:
+        raise ShardError(f"{path} is cut inside its last member; restore it")
+    with path.open("rb") as file:
+        file.seek(offset)
+        block = file.read(BLOCK)
+    if block.strip(b"\0"):
+        raise ShardError(f"{path} has a damaged header at byte {offset}; restore it")
+
+
+def _kind(entry: tarfile.TarInfo) -> str:
+    kinds = {
+        tarfile.SYMTYPE: "a symbolic link",
+        tarfile.LNKTYPE: "a hard link",
+        tarfile.CHRTYPE: "a device",
+        tarfile.BLKTYPE: "a device",
+        tarfile.FIFOTYPE: "a pipe",
+    }
+    return "a sparse file" if entry.issparse() else kinds.get(entry.type, "of an unknown type")

@@ -1,0 +1,168 @@
+"""Shards against their manifest: quick by sizes, index and `.idx`, or full by hashes, tar structure and decoding."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from shard_tools import disk, index, progress
+from shard_tools.adopt import KIND as ADOPTED
+from shard_tools.adopt import idx_line
+from shard_tools.foreign import Sample, read_payload, read_samples
+from shard_tools.images import BadImage, inspect
+from shard_tools.journal import JOURNAL_NAME
+from shard_tools.manifest import MANIFEST_NAME, Manifest, Shard, ShardError, sha256_of, splits
+from shard_tools.workers import in_order
+
+_MAX_FAULTS_PER_SHARD = 10
+
+
+def manifests_below(path: Path) -> list[Manifest]:
+    """The manifest of a split folder, or those of all splits of DST; raises ShardError where there is none."""
+    if (path / MANIFEST_NAME).is_file() or not splits(path):
+        return [Manifest.load(path)]
+    return [Manifest.load(path / split) for split in splits(path)]
+
+
+def check_info(path: Path, manifests: Sequence[Manifest]) -> list[str]:
+    """Faults of timm's `_info.json`, where `path` is the folder that should hold it."""
+    if path != manifests[0].root.parent:
+        return []
+    file = path / index.INFO_NAME
+    if not file.is_file():
+        return [f"{file} is missing"]
+    same = file.read_bytes() == index.info_bytes(path, manifests)
+    return [] if same else [f"{file} does not list the splits as their manifests do"]
+
+
+def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[str]:
+    """All faults of one split, a sentence each; [] is good.
+
+    quick  every shard has its size, the index its hash and ranges, every .idx its hash; nothing is missing or too many
+    full   also every shard's sha256 and tar structure, and every image's crc32 and decoding
+    """
+    faults = [*manifest.check_quick(), *_idx_faults(manifest), *_strangers(manifest)]
+    if not full:
+        return faults
+    try:
+        rows = manifest.index()
+    except ShardError:
+        return faults
+    tasks = [
+        _Task(manifest.shard_path(number), shard, rows[rows["shard"] == number], first)
+        for number, (shard, first) in enumerate(zip(manifest.shards, _first_rows(manifest)))
+        if manifest.shard_path(number).is_file() and manifest.shard_path(number).stat().st_size == shard.num_bytes
+    ]
+    bad = manifest.census.get("bad", [])
+    rules = _Rules(
+        adopted=manifest.source.get("kind") == ADOPTED,
+        labelled=manifest.labelled,
+        kept=frozenset(entry["row"] for entry in bad if entry.get("action") == "kept"),
+        quarantined=frozenset(entry["name"] for entry in bad if entry.get("action") == "quarantined"),
+    )
+    with progress.shown(manifest.split, manifest.num_samples) as bar:
+        for task, found in zip(tasks, in_order(partial(_check_shard, rules), tasks, workers, chunk=1)):
+            faults += found[:_MAX_FAULTS_PER_SHARD]
+            if len(found) > _MAX_FAULTS_PER_SHARD:
+                faults.append(f"{task.path} has {len(found) - _MAX_FAULTS_PER_SHARD} more faults")
+            bar.advance(task.shard.num_bytes, task.shard.num_samples)
+    return faults
+
+
+def _idx_faults(manifest: Manifest) -> Iterator[str]:
+    for shard in manifest.shards:
+        path = manifest.root / shard.idx_name
+        if not path.is_file():
+            yield f"{path} is missing"
+        elif sha256_of(path) != shard.idx_sha256:
+            yield f"{path} is not the index of {shard.name} (its sha256 differs)"
+
+
+def _strangers(manifest: Manifest) -> Iterator[str]:
+    known = {shard.name for shard in manifest.shards}
+    for path in sorted(manifest.root.iterdir()):
+        if path.suffix == ".tar" and path.name not in known:
+            yield f"{path} is not in the manifest"
+        elif path.name.endswith(disk.PARTIAL) or path.name == JOURNAL_NAME:
+            yield f"{path} is left from an unfinished write"
+
+
+def _first_rows(manifest: Manifest) -> list[int]:
+    counts = [0, *(shard.num_samples for shard in manifest.shards)]
+    return np.cumsum(counts)[:-1].tolist()
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One shard to be read: its rows of the index, the first of which is row number `first`."""
+
+    path: Path
+    shard: Shard
+    rows: np.ndarray
+    first: int
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a split's shards may hold: `kept` are rows known not to decode, `quarantined` names left out on adoption."""
+
+    adopted: bool
+    labelled: bool
+    kept: frozenset[int]
+    quarantined: frozenset[str]
+
+
+def _check_shard(rules: _Rules, task: _Task) -> list[str]:
+    """In a worker: all faults of one shard."""
+    faults = []
+    if sha256_of(task.path) != task.shard.sha256:
+        faults.append(f"{task.path} is not the shard that was packed (its sha256 differs)")
+    try:
+        samples = read_samples(task.path)
+    except ShardError as error:
+        return [*faults, str(error)]
+    samples = [s for s in samples if f"{task.path.name}:{s.image.name}" not in rules.quarantined]
+    if len(samples) != len(task.rows):
+        return [*faults, f"{task.path} holds {len(samples)} samples, but its index {len(task.rows)}"]
+    idx = index.idx_bytes([idx_line(sample) for sample in samples])
+    if (task.path.with_name(task.shard.idx_name)).read_bytes() != idx:
+        faults.append(f"{task.path.with_name(task.shard.idx_name)} does not describe {task.path.name}")
+    for number, (sample, row) in enumerate(zip(samples, task.rows), start=task.first):
+        what = _sample_fault(rules, task.path, sample, row, number)
+        if what:
+            faults.append(f"{task.path.name}:{sample.image.name} {what}")
+    return faults
+
+
+def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: np.void, number: int) -> str:
+    """What is wrong with one sample, or ""."""
+    image = sample.image
+    if (image.offset, image.size, sample.label) != (row["offset"], row["size"], row["label"]):
+        return f"has another place, size or label than row {number} of the index"
+    payload = read_payload(path, image)
+    if zlib.crc32(payload) != row["crc32"]:
+        return "is damaged (its crc32 differs)"
+    if not rules.adopted and (fault := _name_fault(rules, sample, row, number)):
+        return fault
+    if number in rules.kept:
+        return ""
+    try:
+        facts = inspect(payload)
+    except BadImage as bad:
+        return f"is no good image ({bad})"
+    return "" if (facts.width, facts.height) == (row["width"], row["height"]) else "has other dimensions than its row"
+
+
+def _name_fault(rules: _Rules, sample: Sample, row: np.void, number: int) -> str:
+    """Packed members are called after their row, and carry what the contract says."""
+    extensions = {sample.image.name.rpartition(".")[2], "json"} | ({"cls"} if rules.labelled else set())
+    if {member.name for member in sample.members.values()} != {f"{number:09d}.{e}" for e in extensions}:
+        return f"is not what row {number} should be called, or has other members"
+    size = (sample.meta.get("width"), sample.meta.get("height"))
+    return "" if size == (row["width"], row["height"]) else f"has another size in its metadata: {json.dumps(size)}"
