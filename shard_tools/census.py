@@ -115,6 +115,11 @@ def printable(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def counted(number: int, noun: str) -> str:
+    """`1 shard`, `2 shards`"""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def _oddities(name: str, facts: Facts) -> list[str]:
     found = []
     if facts.mode not in _USUAL_MODES:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from shard_tools import info
 from shard_tools.adopt import AdoptOptions, adopt
-from shard_tools.census import table
+from shard_tools.census import counted, table
 from shard_tools.disk import DiskFull
 from shard_tools.extract import extract
 from shard_tools.images import Resize
@@ -51,9 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        return _fail(
-            f"{error.filename or 'a file'}: {error.strerror}; check the path and its permissions", EXIT_BAD_INPUT
-        )
+        where = error.filename or "a file"
+        return _fail(f"{where} cannot be used ({error.strerror}); check the path and its permissions", EXIT_BAD_INPUT)
 
 
 def _fail(message: object, code: int) -> int:
@@ -102,7 +101,7 @@ def _resize(args: argparse.Namespace) -> Resize | None:
         if args.quality is not None:
             raise ShardError("--quality only matters to a resize; add --max-side or --short-side, or leave it out")
         return None
-    side = args.max_side if args.short_side is None else args.short_side
+    side = args.max_side or args.short_side or 0
     if side < 1 or not 1 <= (args.quality or 90) <= 100:
         raise ShardError("--max-side and --short-side must be at least 1 px, and --quality between 1 and 100")
     return Resize(args.max_side or 0, args.short_side or 0, args.quality or 90)
@@ -110,18 +109,21 @@ def _resize(args: argparse.Namespace) -> Resize | None:
 
 def _report(packed: Packed) -> list[str]:
     manifest = packed.manifest
-    shards = f"{manifest.num_samples} images in {len(manifest.shards)} shards"
     if packed.progress is None:
-        return [f"{manifest.split}: already packed with these options ({shards} in {manifest.root}); nothing to do"]
+        return [f"{_summary(manifest)}: already packed with these options in {manifest.root}; nothing to do"]
     size = sum(shard.num_bytes for shard in manifest.shards) / 1e6
-    kept = f", continued behind {packed.num_shards_kept} complete shards" if packed.num_shards_kept else ""
+    kept = f", continued behind {counted(packed.num_shards_kept, 'complete shard')}" if packed.num_shards_kept else ""
     rates = f"{packed.progress.seconds:.1f} s, {packed.progress.rates()}"
-    lines = [f"{manifest.split}: {shards}, {size:.1f} MB in {manifest.root}; {rates}{kept}"]
+    lines = [f"{_summary(manifest)}, {size:.1f} MB in {manifest.root}; {rates}{kept}"]
     if manifest.classes is not None:
         lines.append(f"  classes    {len(manifest.classes)}")
     if ignored := manifest.source.get("num_ignored"):
-        lines.append(f"  ignored    {ignored} files that are not named as images")
+        lines.append(f"  ignored    {counted(ignored, 'file')} not named as images")
     return [*lines, *table(manifest.census)]
+
+
+def _summary(manifest: Manifest) -> str:
+    return f"{manifest.split}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}"
 
 
 # ---- the other commands
@@ -134,12 +136,14 @@ def _verify(args: argparse.Namespace) -> int:
         found = check(manifest, full=args.full, workers=args.workers)
         faults += found
         how = "hashes, structure and decoding" if args.full else "sizes and indexes; --full reads the images"
-        what = f"{len(found)} faults" if found else f"good ({how})"
-        print(f"{manifest.split}: {manifest.num_samples} images in {len(manifest.shards)} shards: {what}")
+        what = counted(len(found), "fault") if found else f"good ({how})"
+        print(f"{_summary(manifest)}: {what}")
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
-        raise ShardError(f"{args.dir} has {len(faults)} faults; restore the files named above, or pack them again")
+        raise ShardError(
+            f"{args.dir} has {counted(len(faults), 'fault')}; restore the files named above, or pack them again"
+        )
     return 0
 
 
@@ -171,22 +175,25 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    *keys, last = [*args.keys, *([] if args.out is None else [args.out])]
-    rows = [row for key in keys for row in _rows(key)]
-    if not rows:
+    *keys, out = [*args.keys, args.out] if args.out else args.keys
+    if not keys:
         raise ShardError("give at least one key and then the folder OUT, as in `--keys 0 17 100-120 OUT`")
-    for path in extract(Manifest.load(args.dir, args.split), rows, Path(last)):
+    manifest = Manifest.load(args.dir, args.split)
+    rows = [row for key in keys for row in _rows(key, manifest.num_samples)]
+    for path in extract(manifest, rows, Path(out)):
         print(path)
     return 0
 
 
-def _rows(key: str) -> range:
+def _rows(key: str, num_samples: int) -> range:
     """One sample number, or an inclusive range a-b of them."""
     match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", key)
     if not match:
-        raise ShardError(f"the key {key!r} is neither a sample's number nor a range such as 100-120; see `info`")
-    first = int(match[1])
-    return range(first, int(match[2] or first) + 1)
+        raise ShardError(f"the key {key!r} is neither a sample's number nor a range such as 100-120")
+    first, last = int(match[1]), int(match[2] or match[1])
+    if not first <= last < num_samples:
+        raise ShardError(f"the key {key!r} is out of range: samples go from 0 to {num_samples - 1}")
+    return range(first, last + 1)
 
 
 def _check_split(split: str) -> None:
@@ -323,9 +330,7 @@ def _add_extract(commands: Any) -> None:
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument(
-        "--workers", type=int, default=cores, metavar="N", help=f"processes (default: all {cores} cores)"
-    )
+    parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default: cores, {cores})")
 
 
 def _bytes(text: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 
 from shard_tools import disk
 from shard_tools.foreign import read_payload
-from shard_tools.images import FORMAT_NAMES, BadImage, inspect
+from shard_tools.images import BadImage, inspect
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.tar import BLOCK, Member
 
@@ -57,11 +57,10 @@ def _write(manifest: Manifest, rows: np.ndarray, row: int, out: Path) -> Path:
 def _file_name(manifest: Manifest, rows: np.ndarray, row: int, payload: bytes) -> str:
     try:
         extension = inspect(payload).extension
-    except BadImage:
-        extension = "bin"
+    except BadImage as bad:  # packed as it was with --on-bad keep
+        extension = bad.facts.extension if bad.facts else "bin"
     stem = os.path.splitext(_original_name(manifest, rows, row).rpartition("/")[2])[0]
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")[:_MAX_NAME]
-    assert extension in (*FORMAT_NAMES, "bin")
     return f"{row:09d}_{safe}.{extension}" if safe else f"{row:09d}.{extension}"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from shard_tools.census import table
+from shard_tools.census import counted, table
 from shard_tools.extract import read_image
 from shard_tools.manifest import Manifest
 
@@ -34,12 +34,11 @@ def describe(manifest: Manifest) -> dict[str, Any]:
 def lines(document: dict[str, Any]) -> list[str]:
     """What `describe` returned, for people."""
     per_class = document["samples_per_class"]
-    classes = (
-        "none" if per_class is None else f"{document['num_classes']}, {per_class[0]} to {per_class[1]} images each"
-    )
-    shards = f"{document['num_shards']} shards, {document['num_bytes'] / 1e6:.1f} MB"
+    classes = f"{document['num_classes']}, {per_class[0]} to {per_class[1]} images each" if per_class else "none"
+    images = counted(document["num_samples"], "image")
+    shards = f"{counted(document['num_shards'], 'shard')}, {document['num_bytes'] / 1e6:.1f} MB"
     return [
-        f"{document['split']}: {document['num_samples']} images in {shards}, from {document['source'].get('kind')}",
+        f"{document['split']}: {images} in {shards}, from {document['source'].get('kind')}",
         f"  classes    {classes}",
         *table(document["census"]),
         f"  digest     {document['digest'][:16]}",
