@@ -84,7 +84,8 @@ def run(overrides: Sequence[str]) -> Path:
     cfg = config.load([o for o in overrides if o not in own])
     manifest = Manifest.load(cfg.data.root, cfg.data.split)
     rendered = render(manifest, cfg.view_specs(), show.ids, show.epoch, cfg.run.seed, cfg.loader.backend)
-    picture = draw_grid(rendered, [_name(manifest, i) for i in show.ids])
+    caption = f"epoch {show.epoch}\nseed {cfg.run.seed}"
+    picture = draw_grid(rendered, [_name(manifest, i) for i in show.ids], caption)
     out = Path(show.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     picture.save(out)
@@ -114,7 +115,7 @@ def render(
     return Rendered(originals, views, draws, [spec for _, spec in numbered])
 
 
-def draw_grid(rendered: Rendered, names: Sequence[str]) -> Image.Image:
+def draw_grid(rendered: Rendered, names: Sequence[str], caption: str = "") -> Image.Image:
     """One row a sample: its name, the original with every crop outlined in its view's colour, then the views."""
     factor = max(1, math.ceil(CELL_PX / max(spec.size for spec in rendered.specs)))
     cell = max(factor * spec.size for spec in rendered.specs)
@@ -125,6 +126,7 @@ def draw_grid(rendered: Rendered, names: Sequence[str]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(12)
 
+    pen.multiline_text((GAP_PX, 4), caption, "gray", font)
     pen.text((lefts[0], 4), "original", "black", font)
     pen.text((lefts[0], 18), "with the crops", "gray", font)
     for view, spec in enumerate(rendered.specs):

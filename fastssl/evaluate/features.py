@@ -15,8 +15,8 @@ from torch.nn import functional
 from fastssl import dist
 from fastssl.settings import LoaderConfig
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
-from pipelines.loader import Batch, normalize, read_once
-from pipelines.views import ViewSpec
+from pipelines.loader import Batch, read_once
+from pipelines.views import ViewSpec, normalize
 from shard_tools.manifest import Manifest
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

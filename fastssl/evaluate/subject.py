@@ -34,22 +34,19 @@ class Subject:
 
 def load_subject(cfg: EvaluateConfig) -> Subject:
     """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint or it does not fit."""
+    like = checkpoint.load_meta(checkpoint.find(_folder(cfg.like)))["config"] if cfg.like else {}
     if cfg.checkpoint == "pixels":
-        trained = _trained_config(cfg.like)
-        return Subject(RawPixels().eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, trained))
+        return Subject(RawPixels().eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, like))
     if cfg.checkpoint == "random":
-        trained = _trained_config(cfg.like)
-        encoder = trained.get("encoder") or dataclasses.asdict(cfg.encoder)
+        encoder = like.get("encoder") or dataclasses.asdict(cfg.encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)
             backbone = build_encoder(**encoder).eval()
-        return Subject(backbone, f"untrained {encoder['name']}", None, None, test_view(cfg, trained))
-    if cfg.like:
-        raise ValueError(f"like is {cfg.like!r}, but only checkpoint=random and checkpoint=pixels follow another run")
+        return Subject(backbone, f"untrained {encoder['name']}", None, None, test_view(cfg, like))
     backbone, meta = checkpoint.load_backbone(_folder(cfg.checkpoint))
     run_dir = Path(meta["folder"]).resolve().parent.parent
     name = meta["config"]["encoder"]["name"]
-    return Subject(backbone.eval(), name, int(meta["step"]), run_dir, test_view(cfg, meta["config"]))
+    return Subject(backbone, name, int(meta["step"]), run_dir, test_view(cfg, like or meta["config"]))
 
 
 def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
@@ -81,10 +78,6 @@ def crop_sizes(size: int, resize: int, trained_px: int) -> tuple[int, int]:
 def first_view_px(views: dict[str, Any]) -> int:
     """Side of the first training view of a saved config; 224 where there is none."""
     return next((int(view["size"]) for view in views.values()), 224)
-
-
-def _trained_config(like: str) -> dict[str, Any]:
-    return checkpoint.load_meta(checkpoint.find(_folder(like)))["config"] if like else {}
 
 
 def _folder(path: str) -> Path:

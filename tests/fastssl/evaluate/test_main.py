@@ -52,7 +52,8 @@ def test_the_baselines_take_encoder_and_view_from_the_run_they_are_like(run_dir,
     trained, _ = checkpoint.load_backbone(run_dir)
     shapes = {key: value.shape for key, value in trained.state_dict().items()}
     assert {key: value.shape for key, value in like.backbone.state_dict().items()} == shapes
-    assert like.view == load_subject(load([f"checkpoint={run_dir}", f"data.root={patch_shards}"])).view
+    own = [f"checkpoint={run_dir}", f"data.root={patch_shards}"]
+    assert like.view == load_subject(load(own)).view == load_subject(load([*own, f"like={run_dir}"])).view
     assert torch.equal(like.backbone.conv1.weight, again.backbone.conv1.weight)
     assert not torch.equal(like.backbone.conv1.weight, other.backbone.conv1.weight)
     assert load_subject(load([*base, "encoder=resnet18", "view.size=40"])).view.size == 40
@@ -151,7 +152,7 @@ FAULTS = {
     "senseless value": (["evaluator.k=[0]"], r"evaluator\.k is \[0\]"),
     "limit for a protocol": (["evaluator=linear_moco", "data.limit=5"], "data.limit is 5"),
     "batch beyond the data": (["evaluator=linear_moco"], r"evaluator\.batch_size is 256, .* at most the 61 images"),
-    "like for a checkpoint": (["like=runs/x"], "like is 'runs/x'"),
+    "like nothing": (["checkpoint=random", "like=runs/x"], "no checkpoint at runs/x"),
 }
 
 
