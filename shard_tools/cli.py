@@ -76,9 +76,11 @@ def _pack(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     default = ["train", "test"] if args.source == "demo" else ["train"]
+    report: list[str] = []
     for split in [args.split] if args.split else default:
         _check_split(split)
-        print("\n".join(_report(pack(_source(args, split), args.dst, options))))
+        report += _report(pack(_source(args, split), args.dst, options))
+    print("\n".join(report))
     return 0
 
 

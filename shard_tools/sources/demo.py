@@ -1,14 +1,18 @@
 """Patches of the freely licensed photographs that scikit-image and scikit-learn ship: real images without a download.
 
 The label of a patch is its photograph. Train patches lie in the left 60 % of each, test patches in the right 40 %, so
-that no pixel is in both. Small and easy: for trying the tools, not for comparing methods. Licences as the docstrings of
-skimage.data and the README of sklearn's images state them; photographs without a stated licence are left out.
+that no pixel is in both. Each patch is lit a little differently: otherwise its mean colour alone tells the photograph
+(20-nearest-neighbours on raw pixels: 52 % without, 35 % with it; 14 classes). Small and easy: for trying the tools, not for comparing methods.
+
+Licences as the docstrings of skimage.data and the README of sklearn's images state them. Left out: photographs without
+a stated licence, and two that are nearly uniform (cell, clock).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,14 +28,12 @@ PHOTOS = {
     "brick": ("skimage", "brick.png", "CC0", "https://cc0textures.com/view.php?tex=Bricks25"),
     "camera": ("skimage", "camera.png", "CC0", "Lav Varshney"),
     "cat": ("skimage", "chelsea.png", "CC0", "Stefan van der Walt"),
-    "cell": ("skimage", "cell.png", "CC0", "Paul Mueller and others, doi:10.1364/OE.26.010729"),
     "china": (
         "sklearn",
         "china.jpg",
         "CC BY 2.0",
         "danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035",
     ),
-    "clock": ("skimage", "clock_motion.png", "public domain", "Stefan van der Walt"),
     "coffee": ("skimage", "coffee.png", "CC0", "Rachel Michetti, courtesy of Pikolo Espresso Bar"),
     "coins": (
         "skimage",
@@ -57,32 +59,44 @@ NUM_PATCHES = {"train": 4000, "test": 1000}
 
 
 def open_source(
-    split: str, seed: int = 0, num_patches: int = 0, side: int = 64, crop: tuple[int, int] = (48, 128)
+    split: str,
+    seed: int = 0,
+    num_patches: int = 0,
+    side: int = 64,
+    crop: tuple[int, int] = (48, 128),
+    light: float = 0.4,
 ) -> Source:
     """Square patches at random places, `crop` px wide in the photograph and `side` px as colour JPEG.
 
     num_patches  0 for the split's default
+    light        brightness varies by factors of e^-light to e^light, and each channel by half of that beside it
     Raises ShardError where the packages with the photographs are not installed.
     """
     if split not in NUM_PATCHES:
         raise ShardError(f"the demo has no split {split!r}, only train and test; choose one with --split")
     classes = tuple(sorted(PHOTOS))
     sizes = [_photo(name).size for name in classes]
-    draws = np.random.Philox(key=[seed, list(NUM_PATCHES).index(split)]).random_raw(
-        3 * (num_patches or NUM_PATCHES[split])
-    )
+    key = [seed, list(NUM_PATCHES).index(split)]
+    words = np.random.Philox(key=key).random_raw(7 * (num_patches or NUM_PATCHES[split]))
     items = []
-    for number, (a, b, c) in enumerate((draws.reshape(-1, 3) / 2.0**64).tolist()):
+    for number, draws in enumerate((words.reshape(-1, 7) / 2.0**64).tolist()):
         label = number % len(classes)
-        width, height = sizes[label]
-        first, last = (0, int(TRAIN_SHARE * width)) if split == "train" else (int(TRAIN_SHARE * width), width)
-        patch = min(crop[0] + int(a * (crop[1] + 1 - crop[0])), last - first, height)
-        left = first + int(b * (last - first - patch + 1))
-        top = int(c * (height - patch + 1))
-        box = (left, top, left + patch, top + patch)
-        items.append(Item(f"{classes[label]}/{number:05d}.jpg", label, 0, (classes[label], box, side)))
+        box = _box(sizes[label], split, crop, draws[:3])
+        gains = [math.exp(light * (2 * draws[3] - 1 + draw - 0.5)) for draw in draws[4:]]
+        items.append(Item(f"{classes[label]}/{number:05d}.jpg", label, 0, (classes[label], box, side, gains)))
     side_files = {"ATTRIBUTION.txt": attribution().encode()}
     return Source("demo", split, items, classes, _read_patch, {"seed": seed}, side_files)
+
+
+def _box(size: tuple[int, int], split: str, crop: tuple[int, int], draws: list[float]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of a patch inside the split's part of a photograph; `draws` are uniform in [0, 1)."""
+    width, height = size
+    edge = int(TRAIN_SHARE * width)
+    first, last = (0, edge) if split == "train" else (edge, width)
+    patch = min(crop[0] + int(draws[0] * (crop[1] + 1 - crop[0])), last - first, height)
+    left = first + int(draws[1] * (last - first - patch + 1))
+    top = int(draws[2] * (height - patch + 1))
+    return left, top, left + patch, top + patch
 
 
 def attribution() -> str:
@@ -97,8 +111,9 @@ def attribution() -> str:
 
 
 def _read_patch(item: Item) -> bytes:
-    name, box, side = item.at
+    name, box, side, gains = item.at
     patch = _photo(name).resize((side, side), Image.Resampling.LANCZOS, box=box)
+    patch = patch.point([min(255, round(value * gain)) for gain in gains for value in range(256)])
     buffer = io.BytesIO()
     patch.save(buffer, "JPEG", quality=90)
     return buffer.getvalue()
