@@ -24,7 +24,7 @@ from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.subject import Subject, load_subject
 from fastssl.settings import require
 from pipelines.augment import AugmentSpec
-from pipelines.loader import Batch, Loader
+from pipelines.loader import Batch, Loader, available_cores
 from pipelines.views import ViewSpec
 from shard_tools.manifest import Manifest
 
@@ -76,6 +76,8 @@ def run(cfg: EvaluateConfig) -> dict[str, float]:
     Under torchrun the ranks share the work, and all return the same metrics; rank 0 prints and writes.
     """
     device = dist.setup(cfg.run.device)
+    if device.type == "cpu":
+        torch.set_num_threads(available_cores())  # torchrun leaves each rank one
     train, test = train_and_test(cfg.data.root, cfg.data.split, cfg.data.test_root, cfg.data.test_split)
     subject = load_subject(cfg)
     subject.backbone.to(device).to(memory_format=torch.channels_last)

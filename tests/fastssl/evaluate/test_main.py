@@ -182,6 +182,7 @@ def test_help_says_how_to_start(capsys):
 
 @pytest.mark.dist
 def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
+    # Batches of 40 give one rank 40 and the other 21 of the training images, and 31 and none of the test images.
     cases = {
         "knn": ["evaluator=knn", "evaluator.k=[5]"],
         "linear": ["evaluator=linear", "evaluator.epochs=3"],
@@ -191,7 +192,7 @@ def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
              "from fastssl.evaluate.settings import load"]  # fmt: skip
     alone = {}
     for name, overrides in cases.items():
-        common = [*overrides, f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=8"]
+        common = [*overrides, f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=40"]
         alone[name] = run(load([*common, f"eval.out={tmp_path}/alone-{name}.json"]))
         lines.append(f"run(load({[*common, f'eval.out={tmp_path}/two-{name}.json']!r}))")
     (tmp_path / "evaluate_all.py").write_text("\n".join([*lines, "dist.teardown()"]))
