@@ -12,9 +12,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class AugmentSpec:
     """One chain after the crop: [grayscale] -> jitter -> grayscale -> blur -> solarize -> flip.
 
-    The semantics are torchvision's on Pillow images: jitter runs its four operations in a random order per view, contrast
-    pivots on the rounded mean luma, hue turns in HSV, blur is Pillow's `GaussianBlur(radius=sigma)`, and every operation
-    rounds to uint8.
+    The semantics are torchvision's on Pillow images: jitter runs its four operations in a random order per view,
+    contrast pivots on the rounded mean luma, hue turns in HSV, blur is Pillow's `GaussianBlur(radius=sigma)`, and every
+    operation rounds to uint8.
 
     jitter_p        probability that the jitter runs at all
     brightness, contrast, saturation    x: a factor uniform in [max(0, 1 - x), 1 + x]
@@ -51,7 +51,9 @@ class AugmentSpec:
         _require(0.0 <= self.hue <= 0.5, "hue", self.hue, "a fraction of the colour circle between 0 and 0.5")
         low, high = self.blur_sigma
         _require(0.0 < low <= high, "blur_sigma", self.blur_sigma, "two increasing numbers above 0, in pixels")
-        _require(0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "a value in 0..256")
+        _require(
+            0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "a value in 0..256"
+        )
         _require(min(self.std) > 0.0, "std", self.std, "three numbers above 0")
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
 
 from pipelines.augment import AugmentSpec
 
@@ -12,10 +16,10 @@ from pipelines.augment import AugmentSpec
 class ViewSpec:
     """`count` views of one recipe, drawn independently of each other.
 
-    role    the name under which a method finds them: `Batch.views[role]` is a list of `count` tensors (B, 3, size, size)
-    size    side of the square output in px
-    crop    "random_resized": area fraction uniform in `scale`, aspect log-uniform in `ratio` (width / height), ten tries,
-            then the centre, resized to `size` by antialiased bilinear interpolation (torchvision's RandomResizedCrop);
+    role    the name under which a method finds them: `Batch.views[role]` is a list of `count` tensors (B, 3, S, S)
+    size    S, side of the square output in px
+    crop    "random_resized": area fraction uniform in `scale`, aspect log-uniform in `ratio` (width / height), ten
+            tries, then the centre, resized by antialiased bilinear interpolation (torchvision's RandomResizedCrop);
             "center": the shorter side to `resize` px by the same interpolation, then the central `size` x `size` px
     resize  for crop "center" only: the shorter side in px before the crop, at least `size`
     Raises ValueError naming the key, the value and the remedy.
@@ -35,7 +39,9 @@ class ViewSpec:
         _require(1 <= self.size <= 4096, "size", self.size, "a side between 1 and 4096 px")
         _require(self.count >= 1, "count", self.count, "1 or more")
         _require(self.crop in ("random_resized", "center"), "crop", self.crop, "random_resized or center")
-        _require(0.0 < self.scale[0] <= self.scale[1] <= 1.0, "scale", self.scale, "two increasing area fractions in (0, 1]")
+        _require(
+            0.0 < self.scale[0] <= self.scale[1] <= 1.0, "scale", self.scale, "two increasing area fractions in (0, 1]"
+        )
         _require(0.0 < self.ratio[0] <= self.ratio[1], "ratio", self.ratio, "two increasing aspect ratios above 0")
         if self.crop == "center":
             _require(self.resize >= self.size, "resize", self.resize, f"at least size={self.size} px")
@@ -50,6 +56,24 @@ def flatten(specs: Sequence[ViewSpec]) -> list[tuple[int, ViewSpec]]:
     """The views of one image in the order in which backends return them: (view number, its spec)."""
     expanded = [spec for spec in specs for _ in range(spec.count)]
     return list(enumerate(expanded))
+
+
+def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Pixels 0..255 (B, 3, S, S), of any type, as (pixels / 255 - mean) / std in `dtype`.
+
+    Keeps the device and the memory format, so channels-last stays channels-last. Computes in float32 and does not make
+    the host wait for the device.
+    """
+    scale, bias = _scale_and_bias(tuple(mean), tuple(std), pixels.device)
+    return torch.addcmul(bias, pixels, scale).to(dtype)
+
+
+# Kept, because copying six numbers to a GPU would make the host wait in every step.
+@functools.lru_cache(maxsize=16)
+def _scale_and_bias(mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    scale = torch.tensor([1 / (255 * s) for s in std], device=device).view(1, 3, 1, 1)
+    bias = torch.tensor([-m / s for m, s in zip(mean, std)], device=device).view(1, 3, 1, 1)
+    return scale, bias
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:

@@ -1,7 +1,7 @@
 """Backends turn encoded images and drawn numbers into pixels. None of them draws a random number.
 
-A backend renders the views of one batch per job. `submit` queues a job and returns at once where the backend can work in
-the background; `collect` waits for the oldest job. At most `depth` jobs are in flight. The order of the jobs and the
+A backend renders the views of one batch per job. `submit` queues a job and returns at once where the backend can work
+in the background; `collect` waits for the oldest job. At most `depth` jobs are in flight. The order of the jobs and the
 number of threads never change the pixels.
 """
 
@@ -55,6 +55,14 @@ class DecodeError(RuntimeError):
     """A sample that no decoder accepts; the message names shard and member."""
 
 
+def chosen(name: str, device: str) -> str:
+    """What `auto` stands for on `device`; any other name is itself."""
+    if name != "auto":
+        return name
+    # DALI's faithful colour on a CPU takes longer than Pillow's (docs/pipelines.md has both).
+    return "exact" if device == "cpu" else "dali"
+
+
 def make(
     name: str, specs: Sequence[ViewSpec], batch_size: int, *, device: str, threads: int, output: str, depth: int
 ) -> Backend:
@@ -65,8 +73,7 @@ def make(
     """
     if output not in OUTPUTS:
         raise ValueError(f"loader.output is {output!r}, but must be one of {', '.join(OUTPUTS)}")
-    if name == "auto":
-        name = "exact" if device == "cpu" else "dali"
+    name = chosen(name, device)
     if name == "exact":
         from pipelines.backends.exact import ExactBackend
 
