@@ -33,7 +33,7 @@ def write_split(
     shard_size: int = 20,
     split: str = "train",
 ) -> Manifest:
-    """Pack `files`, pairs of (suffix, bytes), in their order. A file that Pillow cannot open is listed as 64 x 64 px."""
+    """Pack `files`, pairs of (suffix, bytes), in their order; what Pillow cannot open is listed as 64 x 64 px."""
     folder = root / split
     folder.mkdir(parents=True)
     index = np.zeros(len(files), INDEX_DTYPE)
