@@ -84,9 +84,9 @@ def prepare(data: bytes, resize: Resize | None) -> Prepared:
     Grey PNGs of 16 bits become 8-bit PNGs (value / 257, rounded): Pillow would clip where DALI scales.
     Raises BadImage.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        image, facts = _open(data)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        image, facts = _open(data, caught)
         try:
             image.load()
         except Exception as error:  # whatever a decoder raises on damaged bytes
@@ -105,7 +105,7 @@ def prepare(data: bytes, resize: Resize | None) -> Prepared:
         return Prepared(_encode(image, "JPEG", quality=resize.quality), _with(image, "jpg"), facts)
 
 
-def _open(data: bytes) -> tuple[Image.Image, Facts]:
+def _open(data: bytes, caught: list[warnings.WarningMessage]) -> tuple[Image.Image, Facts]:
     """The image with only its header read, within the limits of size."""
     if not data:
         raise BadImage("the file is empty")
@@ -122,18 +122,16 @@ def _open(data: bytes) -> tuple[Image.Image, Facts]:
         raise BadImage(f"{width}x{height} px are more than {MAX_PIXELS}, a decompression bomb")
     if width < 1 or height < 1 or image.format not in EXTENSIONS:
         raise BadImage(f"a {image.format} of {width}x{height} px")
-    orientation, corrupt = _exif(image)
+    orientation, corrupt = _exif(image, caught)
     return image, Facts(EXTENSIONS[image.format], width, height, image.mode, orientation, corrupt)
 
 
-def _exif(image: Image.Image) -> tuple[int | None, bool]:
-    """(orientation tag or None, whether the EXIF block is damaged)."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            orientation = image.getexif().get(_ORIENTATION)
-        except Exception:  # Pillow lets struct, syntax and value errors of a damaged block through
-            return None, True
+def _exif(image: Image.Image, caught: list[warnings.WarningMessage]) -> tuple[int | None, bool]:
+    """(orientation tag or None, whether the EXIF block is damaged); `caught` holds Pillow's warnings so far."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+    except Exception:  # Pillow lets struct, syntax and value errors of a damaged block through
+        return None, True
     corrupt = any("exif" in str(warning.message).lower() for warning in caught)
     return orientation if isinstance(orientation, int) else None, corrupt
 

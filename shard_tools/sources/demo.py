@@ -2,7 +2,8 @@
 
 The label of a patch is its photograph. Train patches lie in the left 60 % of each, test patches in the right 40 %, so
 that no pixel is in both. Each patch is lit a little differently: otherwise its mean colour alone tells the photograph
-(20-nearest-neighbours on raw pixels: 52 % without, 35 % with it; 14 classes). Small and easy: for trying the tools, not for comparing methods.
+(20-nearest-neighbours on raw pixels: 52 % without, 35 % with it; 14 classes). For trying the tools, not for comparing
+methods.
 
 Licences as the docstrings of skimage.data and the README of sklearn's images state them. Left out: photographs without
 a stated licence, and two that are nearly uniform (cell, clock).

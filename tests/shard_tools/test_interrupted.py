@@ -1,0 +1,234 @@
+"""A pack that is killed, stopped or runs out of space leaves no half shard, and the same command finishes it.
+
+The child process kills itself at the n-th call of a function that touches the disk, so that every step is hit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shard_tools.manifest import Manifest, ShardError
+from shard_tools.pack import PackOptions, pack
+from shard_tools.sources import imagefolder
+from shard_tools.verify import check
+from tests.shard_tools.builders import ROOT, class_tree, hashes, jpeg, plant
+
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+ARGS = ["--shard-size", "4", "--on-bad", "quarantine"]
+
+# argv: what to do (SIGKILL, SIGINT), function to watch, number of its call, before or after, then the command
+CHILD = """
+import os, signal, sys
+from shard_tools import cli
+what, watched, number, when = getattr(signal, sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
+original, calls = getattr(os, watched), 0
+def counted(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == number and when == "before":
+        os.kill(os.getpid(), what)
+    result = original(*args, **kwargs)
+    if calls == number and when == "after":
+        os.kill(os.getpid(), what)
+    return result
+setattr(os, watched, counted)
+sys.exit(cli.main(sys.argv[5:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    src = class_tree(tmp_path_factory.mktemp("src"), per_class=6)
+    return plant(src, {"ant/bad.jpg": b"bad", "bee/bad.jpg": b"worse"})
+
+
+@pytest.fixture(scope="module")
+def whole(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Hashes of an uninterrupted pack."""
+    dst = tmp_path_factory.mktemp("whole")
+    assert run(source_tree, dst).returncode == 0
+    return hashes(dst)
+
+
+def run(src: Path, dst: Path, *child: object, workers: int = 1, **popen: object) -> subprocess.CompletedProcess[str]:
+    start = ["-c", CHILD, *map(str, child)] if child else ["-m", "shard_tools"]
+    command = [sys.executable, *start, "pack", "imagefolder", src, dst, *ARGS, "--workers", str(workers)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, **popen)
+
+
+def no_half_shards(dst: Path) -> None:
+    """Whatever bears a final name is whole."""
+    folder = dst / "train"
+    for path in folder.glob("*.tar"):
+        assert path.read_bytes()[-1024:] == bytes(1024)
+    if (folder / "manifest.json").exists():
+        assert check(Manifest.load(dst), full=True) == [] or (folder / "pack.journal").exists()
+
+
+@pytest.mark.parametrize(
+    ("watched", "number", "when"),
+    [
+        ("fsync", 1, "before"),  # the journal's first line
+        ("fsync", 3, "before"),  # the first shard, written but not in place
+        ("replace", 2, "before"),
+        ("replace", 2, "after"),  # the first shard in place, not its .idx
+        ("replace", 3, "after"),  # both in place, not journaled
+        ("fsync", 7, "after"),  # journaled
+        ("replace", 6, "before"),
+        ("replace", 10, "after"),
+        ("replace", 12, "before"),  # index.npy
+        ("replace", 13, "before"),  # quarantine.txt
+        ("replace", 14, "before"),  # _info.json
+        ("replace", 15, "before"),  # the manifest
+        ("replace", 15, "after"),  # all there, but the journal too
+    ],
+)
+def test_kill_9_at_any_step_and_a_rerun_give_the_bytes_of_an_uninterrupted_pack(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path, watched: str, number: int, when: str
+) -> None:
+    assert run(source_tree, tmp_path, "SIGKILL", watched, number, when).returncode == -signal.SIGKILL
+    no_half_shards(tmp_path)
+    assert hashes(tmp_path) != whole
+    done = run(source_tree, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert hashes(tmp_path) == whole
+
+
+def test_kill_9_at_random_moments_with_two_workers_converges_to_the_same_bytes(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    moment = random.Random(5)
+    for _ in range(4):
+        command = [sys.executable, "-m", "shard_tools", "pack", "imagefolder", source_tree, tmp_path, *ARGS]
+        child = subprocess.Popen(
+            [*command, "--workers", "2"],
+            env=ENV,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        time.sleep(moment.uniform(0.3, 1.2))
+        child.kill()
+        child.wait()
+        if (tmp_path / "train").is_dir():
+            no_half_shards(tmp_path)
+    assert run(source_tree, tmp_path, workers=2).returncode == 0
+    assert hashes(tmp_path) == whole
+
+
+def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", CHILD, "SIGKILL", "fsync", "3", "before"]
+    command += ["pack", "imagefolder", source_tree, tmp_path, *ARGS, "--workers", "2"]
+    child = subprocess.Popen(command, env=ENV, **QUIET)
+    child.wait(timeout=60)
+    for _ in range(100):
+        try:
+            os.killpg(child.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("a worker outlived its parent by 10 s")
+
+
+def test_a_rerun_continues_behind_complete_shards_instead_of_starting_over(source_tree: Path, tmp_path: Path) -> None:
+    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    first = (tmp_path / "train/train-000000.tar").stat()
+    done = run(source_tree, tmp_path)
+    assert "continued behind 3 complete shards" in done.stdout
+    assert (tmp_path / "train/train-000000.tar").stat().st_mtime_ns == first.st_mtime_ns
+
+
+def test_a_lost_shard_of_an_interrupted_pack_is_written_again(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    (tmp_path / "train/train-000001.tar").unlink()
+    assert "continued behind 1 complete shard;" not in run(source_tree, tmp_path).stdout
+    assert hashes(tmp_path) == whole
+
+
+def test_a_torn_journal_line_costs_one_shard_only(source_tree: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    journal = tmp_path / "train/pack.journal"
+    journal.write_bytes(journal.read_bytes()[:-40])
+    assert "continued behind 2 complete shards" in run(source_tree, tmp_path).stdout
+    assert hashes(tmp_path) == whole
+
+
+def test_an_unfinished_pack_refuses_other_options_until_told_to_overwrite(source_tree: Path, tmp_path: Path) -> None:
+    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    source = imagefolder.open_source(source_tree, "train")
+    with pytest.raises(ShardError, match="unfinished pack of other files or options"):
+        pack(source, tmp_path, PackOptions(shard_size=5, on_bad="quarantine"))
+    with pytest.raises(ShardError, match="unfinished pack of other files or options"):
+        pack(source, tmp_path, PackOptions(shard_size=4, on_bad="keep"))
+    assert pack(source, tmp_path, PackOptions(shard_size=5, on_bad="quarantine", overwrite=True)).num_shards_kept == 0
+
+
+def test_ctrl_c_says_how_to_continue_and_leaves_a_resumable_state(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path
+) -> None:
+    done = run(source_tree, tmp_path, "SIGINT", "replace", 5, "after", workers=2)
+    assert done.returncode == 130
+    assert done.stderr.startswith("error: interrupted; ")
+    assert "the same command continues" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.rglob("*.partial"))
+    assert run(source_tree, tmp_path).returncode == 0
+    assert hashes(tmp_path) == whole
+
+
+def test_a_full_disk_ends_with_exit_code_4_and_keeps_the_complete_shards(tmp_path: Path) -> None:
+    src = plant(tmp_path / "src", {f"{i}.jpg": jpeg(i, (200, 200)) for i in range(40)})
+    plant(src, {f"big{i}.jpg": jpeg(i) + bytes(400_000) for i in range(1)})
+    limit = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
+        "from shard_tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["pack", "files", src, tmp_path / "dst", "--shard-size", "4", "--workers", "1"]
+    done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, env=ENV)
+    assert done.returncode == 4
+    assert done.stderr.startswith("error: no space left for ")
+    assert "run the same command again" in done.stderr
+    shards = list((tmp_path / "dst/train").glob("*.tar"))
+    assert shards
+    assert not list((tmp_path / "dst").rglob("*.partial"))
+    again = subprocess.run([sys.executable, "-m", "shard_tools", *words], capture_output=True, text=True, env=ENV)
+    assert f"continued behind {len(shards)} complete shard" in again.stdout
+
+
+def test_a_pack_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
+    (tmp_path / "src").mkdir()
+    with (tmp_path / "src/huge.jpg").open("wb") as file:
+        file.truncate(2 * shutil.disk_usage(tmp_path).free)
+    done = subprocess.run(
+        [sys.executable, "-m", "shard_tools", "pack", "files", tmp_path / "src", tmp_path / "dst"],
+        capture_output=True,
+        text=True,
+        env=ENV,
+    )
+    assert done.returncode == 4
+    assert "GB free; make room" in done.stderr
+
+
+def test_a_second_pack_into_the_same_split_is_refused(source_tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    holder = os.open(tmp_path / "train", os.O_RDONLY)
+    fcntl.flock(holder, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ShardError, match="another process is writing"):
+            pack(imagefolder.open_source(source_tree, "train"), tmp_path, PackOptions())
+    finally:
+        os.close(holder)
