@@ -97,6 +97,9 @@ def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Se
     except (ValueError, DecodeError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 8
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

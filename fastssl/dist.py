@@ -110,11 +110,12 @@ def wrap(method: nn.Module) -> nn.Module:
     """The module whose forward averages gradients over ranks; `method` itself on one process.
 
     Buffers follow rank 0 at each forward, as in the published code, except those that `method.rank_equal_buffers` names
-    (the queue: equal on all ranks by construction, and large).
+    (the queue: equal on all ranks by construction, and large). Not DDP's static_graph: it looks for tensors in tuples and
+    dicts only, finds none in an `Output`, and then leaves gradients local without a word (torch 2.14).
     """
     if world() == 1:
         return method
     ddp = nn.parallel.DistributedDataParallel
     ddp._set_params_and_buffers_to_ignore_for_model(method, list(getattr(method, "rank_equal_buffers", ())))
     device_ids = [torch.cuda.current_device()] if next(method.parameters()).is_cuda else None
-    return ddp(method, device_ids=device_ids, gradient_as_bucket_view=True, static_graph=True)
+    return ddp(method, device_ids=device_ids, gradient_as_bucket_view=True)

@@ -15,12 +15,13 @@ class EncoderConfig:
     """The backbone.
 
     name    resnet10, resnet18, resnet34, resnet50, resnet101, resnet152, or timm/NAME for any timm model
-    stem    "imagenet": 7x7 stride 2 and max-pool; "cifar": 3x3 stride 1, no pool, for images of about 32 px
+    stem    "imagenet": 7x7 stride 2 and max-pool; "small": 3x3 stride 2, no pool, for about 64 px, or 32 px in a hurry;
+            "cifar": 3x3 stride 1, no pool, for about 32 px
     width   multiplies the channels of every stage (resnet50 with width 2 is SwAV's RN50w2)
     """
 
     name: str = "resnet50"
-    stem: Literal["imagenet", "cifar"] = "imagenet"
+    stem: Literal["imagenet", "small", "cifar"] = "imagenet"
     width: float = 1.0
 
 

@@ -21,6 +21,7 @@ from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config
+from pipelines.backends import chosen
 from pipelines.loader import Batch, Loader, available_cores, normalize
 from pipelines.views import num_views
 from shard_tools.manifest import Manifest
@@ -38,7 +39,7 @@ settings are key=value; the same command with the same run.dir resumes
   run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
   loader.backend=auto|dali|exact   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
-exit codes: 0 done, 2 a setting or the data is wrong, 75 stopped by a signal with a checkpoint saved
+exit codes: 0 done, 2 a setting or the data is wrong, 8 the loss is not finite, 75 stopped by a signal and saved
 """
 
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
@@ -94,11 +95,12 @@ def run(cfg: Config) -> int:
                 return monitor()
 
         try:
-            stopped_at = fit(
-                training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
-                save_every=clock.every(cfg.run.save_every, "run.save_every"),
-                evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=StopRequest(),
-            )  # fmt: skip
+            with StopRequest() as stop:
+                stopped_at = fit(
+                    training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
+                    save_every=clock.every(cfg.run.save_every, "run.save_every"),
+                    evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=stop,
+                )  # fmt: skip
         finally:
             log.close()
     if stopped_at < until:
@@ -224,13 +226,20 @@ def memory_format(cfg: Config) -> torch.memory_format:
 class StopRequest:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into a question the loop asks once a step; all ranks get the same answer.
 
-    The handlers only set a flag. A second signal of the same kind acts as if there were no handler.
+    Used as a context: the handlers only set a flag, and the ones before return at its end. A second signal of the same
+    kind acts as if there were no handler.
     """
 
-    def __init__(self) -> None:
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def __enter__(self) -> StopRequest:
         self._asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._note)
+        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return dist.any_rank(self._asked)
@@ -317,15 +326,16 @@ def _describe(
     """What is about to happen, so that a wrong number is seen before the night and not after it."""
     cfg, method = training.cfg, training.method
     share = cfg.run.batch_size // dist.world()
+    backend = chosen(cfg.loader.backend, str(training.device))
     yield (
         f"{cfg.method['name']} on {cfg.encoder.name}: {training.device.type}, {cfg.run.precision}, "
         f"{dist.world()} rank(s), {torch.get_num_threads()} compute thread(s), "
-        f"views by {loader.backend_name} on {loader.threads} thread(s)"
+        f"views by {backend} on {cfg.loader.threads or available_cores()} thread(s)"
     )
-    views = ", ".join(f"{s.count} {s.role} {s.size} px" for s in loader.specs)
+    views = ", ".join(f"{s.count} {s.role} {s.size} px" for s in cfg.view_specs())
     yield (
         f"data: {manifest.num_samples:,} images in {len(manifest.shards)} shards of {manifest.root}, "
-        f"{num_views(loader.specs)} views per image ({views})"
+        f"{num_views(cfg.view_specs())} views per image ({views})"
     )
     yield (
         f"batch {cfg.run.batch_size} = {dist.world()} x {share}, {clock.steps_per_epoch} steps per epoch "

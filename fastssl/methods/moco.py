@@ -82,13 +82,11 @@ class Moco(Method):
         if not self.config.symmetric:
             key = self._encode_key(key_view, step)
             loss, accuracy = self._contrast(query_view, key)
-            return Output(loss, self._logs(accuracy), carry=key)
+            return Output(loss, self._logs(accuracy), carry=(key,))
         key_of_key, key_of_query = self._encode_key(key_view, 2 * step), self._encode_key(query_view, 2 * step + 1)
         first, accuracy_1 = self._contrast(query_view, key_of_key)
         second, accuracy_2 = self._contrast(key_view, key_of_query)
-        return Output(
-            first + second, self._logs((accuracy_1 + accuracy_2) / 2), carry=torch.cat([key_of_query, key_of_key])
-        )
+        return Output(first + second, self._logs((accuracy_1 + accuracy_2) / 2), carry=(key_of_query, key_of_key))
 
     def backbone(self) -> nn.Module:
         return self.encoder_q.backbone
@@ -107,7 +105,8 @@ class Moco(Method):
     @torch.no_grad()
     def after_step(self, output: Output) -> None:
         """Overwrite the oldest keys with those of all ranks, in rank order."""
-        keys = dist.all_gather(output.carry)[-self.config.queue_length :].to(self.queue.dtype)
+        keys = torch.cat([dist.all_gather(part) for part in output.carry]).to(self.queue.dtype)
+        keys = keys[-self.config.queue_length :]
         places = (self.num_enqueued + torch.arange(len(keys), device=keys.device)) % self.config.queue_length
         self.queue.index_copy_(0, places, keys)
         self.num_enqueued += len(keys)

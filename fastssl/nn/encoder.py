@@ -1,4 +1,4 @@
-"""Backbones by name: torchvision's ResNets at any width, with the ImageNet or the CIFAR stem, and every timm model.
+"""Backbones by name: torchvision's ResNets at any width, with a stem for the size of the images, and timm's models.
 
 Parameter names are torchvision's (or timm's), so that trunks are interchangeable with published weights.
 """
@@ -22,6 +22,9 @@ RESNETS: dict[str, tuple[type[BasicBlock | Bottleneck], tuple[int, int, int, int
     "resnet152": (Bottleneck, (3, 8, 36, 3)),
 }
 
+# kernel, stride and whether a max-pool of stride 2 follows
+STEMS = {"imagenet": (7, 2, True), "small": (3, 2, False), "cifar": (3, 1, False)}
+
 
 def build_encoder(name: str, stem: str = "imagenet", width: float = 1.0) -> nn.Module:
     """A freshly initialised backbone, (B, 3, S, S) float -> (B, num_features), with the attribute `num_features`.
@@ -34,8 +37,8 @@ def build_encoder(name: str, stem: str = "imagenet", width: float = 1.0) -> nn.M
         near = difflib.get_close_matches(name, RESNETS, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"encoder.name is {name!r}{hint}, but must be one of {', '.join(RESNETS)}, or timm/NAME")
-    if stem not in ("imagenet", "cifar"):
-        raise ValueError(f"encoder.stem is {stem!r}, but must be imagenet or cifar")
+    if stem not in STEMS:
+        raise ValueError(f"encoder.stem is {stem!r}, but must be one of {', '.join(STEMS)}")
     if width <= 0 or (64 * width) % 1:
         raise ValueError(f"encoder.width is {width!r}, but 64 * width must be a whole number of channels above 0")
     block, layers = RESNETS[name]
@@ -50,16 +53,13 @@ class ScaledResNet(ResNet):
     ) -> None:
         self._width = width
         super().__init__(block, list(layers))
-        channels = self._scaled(64)
-        if stem == "cifar":
-            self.conv1 = nn.Conv2d(3, channels, 3, stride=1, padding=1, bias=False)
-            self.maxpool = nn.Identity()
-        elif width != 1.0:
-            self.conv1 = nn.Conv2d(3, channels, 7, stride=2, padding=3, bias=False)
-        if channels != 64:
-            self.bn1 = nn.BatchNorm2d(channels)
-        if self.conv1.kernel_size != (7, 7) or width != 1.0:
+        if stem != "imagenet" or width != 1.0:
+            (kernel, stride, pool), channels = STEMS[stem], self._scaled(64)
+            self.conv1 = nn.Conv2d(3, channels, kernel, stride, padding=kernel // 2, bias=False)
             nn.init.kaiming_normal_(self.conv1.weight, mode="fan_out", nonlinearity="relu")
+            self.bn1 = nn.BatchNorm2d(channels)
+            if not pool:
+                self.maxpool = nn.Identity()
         self.num_features = self._scaled(512) * block.expansion
         self.fc = nn.Identity()
 

@@ -109,7 +109,7 @@ def test_the_queue_wraps_as_a_deque_does_for_any_length(queue_length, batch):
     numbered = 0
     for _ in range(7):
         keys = torch.arange(numbered, numbered + batch, dtype=torch.float64)[:, None].expand(batch, 5)
-        method.after_step(type("O", (), {"carry": keys})())
+        method.after_step(type("O", (), {"carry": (keys,)})())
         deque.extend(range(numbered, numbered + batch))
         numbered += batch
     assert sorted(method.queue[:, 0].tolist()) == sorted(float(d) for d in deque)

@@ -1,0 +1,66 @@
+"""Small training runs for tests: a narrow ResNet-10, 32 px views, 8 images a step, 7 steps an epoch of `tiny_shards`."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from fastssl import checkpoint
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def settings(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        "encoder=resnet10_narrow", "encoder.width=0.25", "encoder.stem=small", "method.queue_length=20",
+        "method.split_groups=2", "views.query.size=32", f"data.root={shards}", f"run.dir={run_dir}", "run.device=cpu",
+        "run.batch_size=8", "run.duration=12steps", "run.log_every=3", "run.save_every=2steps", "run.threads=1",
+        "loader.threads=1", *more,
+    ]  # fmt: skip
+
+
+def start(module: str, arguments: list[str], ranks: int = 0, **kwargs) -> subprocess.Popen:
+    """`python -m module ...`, or under torchrun with `ranks` processes."""
+    torchrun = [f"--nproc-per-node={ranks}", "--standalone", "-m"] if ranks else []
+    command = [sys.executable, "-m", *(["torch.distributed.run"] if ranks else []), *torchrun, module, *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True, **kwargs)
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=timeout_s)
+    return process.returncode, out, err
+
+
+def state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, by file and name."""
+    folder = checkpoint.find(run_dir)
+    tensors = {}
+
+    def walk(node, path):
+        if isinstance(node, dict):
+            for key, child in node.items():
+                walk(child, f"{path}.{key}")
+        elif isinstance(node, list):
+            for i, child in enumerate(node):
+                walk(child, f"{path}[{i}]")
+        else:
+            tensors[path] = node if isinstance(node, torch.Tensor) else torch.tensor(float(node or 0))
+
+    for name in ("model.pt", "training.pt"):
+        walk(torch.load(folder / name, weights_only=True), name)
+    return tensors
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    """Bit for bit: weights, key encoder, queue, batch norm, optimiser, scaler."""
+    left, right = state(a), state(b)
+    assert left.keys() == right.keys()
+    assert len(left) > 100
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different, different[:5]
