@@ -110,8 +110,8 @@ def wrap(method: nn.Module) -> nn.Module:
     """The module whose forward averages gradients over ranks; `method` itself on one process.
 
     Buffers follow rank 0 at each forward, as in the published code, except those that `method.rank_equal_buffers` names
-    (the queue: equal on all ranks by construction, and large). Not DDP's static_graph: it looks for tensors in tuples and
-    dicts only, finds none in an `Output`, and then leaves gradients local without a word (torch 2.14).
+    (the queue: equal on all ranks by construction, and large). Not DDP's static_graph: it looks for tensors in tuples
+    and dicts only, finds none in an `Output`, and then leaves gradients local without a word (torch 2.14).
     """
     if world() == 1:
         return method

@@ -1,4 +1,4 @@
-"""Small training runs for tests: a narrow ResNet-10, 32 px views, 8 images a step, 7 steps an epoch of `tiny_shards`."""
+"""Small training runs for tests: narrow ResNet-10, 32 px views, 8 images a step, 7 steps an epoch of `tiny_shards`."""
 
 from __future__ import annotations
 
