@@ -93,6 +93,15 @@ def test_the_choice_never_depends_on_the_test_split(rng):
     assert honest.top1 > misled.top1
 
 
+def test_a_test_sample_is_judged_by_itself_whatever_else_is_in_the_test_split(rng):
+    train, test = blobs(rng), blobs(rng, spread=3.0)
+    far = replace(test, features=test.features * 50 + 100)  # would shift and scale everything if it were looked at
+    both = Features(*(torch.cat(pair) for pair in zip(*(vars(part).values() for part in (test, far)))))
+    settings = {"num_classes": 4, "lrs": [0.1], "weight_decays": [0.0], "epochs": 2}
+    alone, other, together = (sweep(train, part, **settings).top1 for part in (test, far, both))
+    assert together == pytest.approx((alone + other) / 2)
+
+
 def test_without_retraining_the_chosen_probe_itself_is_tested(rng):
     train, test = blobs(rng), blobs(rng)
     settings = {"num_classes": 4, "lrs": [1e-3, 0.1], "weight_decays": [0.0], "epochs": 2, "standardize": False}

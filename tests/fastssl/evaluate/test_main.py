@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fastssl import checkpoint
 from fastssl.evaluate.features import features_of
@@ -15,7 +16,7 @@ from fastssl.evaluate.main import main, run
 from fastssl.evaluate.settings import load
 from fastssl.evaluate.subject import load_subject
 from shard_tools.manifest import Manifest
-from tests.fastssl.evaluate.conftest import patches
+from tests.fastssl.evaluate.conftest import STEP, patches
 from tests.oracle import knn as oracle
 from tests.shards import write_split
 
@@ -45,9 +46,22 @@ def test_view_and_normalisation_come_from_the_checkpoint(run_dir, patch_shards):
     assert (told.size, told.resize, told.augment.mean) == (16, 20, (0.1, 0.1, 0.1))
 
 
+def test_the_view_is_that_of_the_runs_own_monitor_where_it_had_one(run_dir, patch_shards):
+    folder = run_dir / "checkpoints" / f"step-{STEP:08d}"
+    meta = checkpoint.load_meta(folder)
+    meta["config"]["knn"] |= {"view_size": 20, "view_resize": 21}
+    checkpoint.save(
+        run_dir, STEP + 1, nn.ModuleDict({"encoder": checkpoint.load_backbone(folder)[0]}), {}, meta, keep=2
+    )
+    view = load_subject(load([f"checkpoint={run_dir}", f"data.root={patch_shards}"])).view
+    assert (view.size, view.resize) == (20, 21)
+
+
 def test_the_baselines_take_encoder_and_view_from_the_run_they_are_like(run_dir, patch_shards):
     base = ["checkpoint=random", f"data.root={patch_shards}"]
+    rng_state = torch.get_rng_state()
     like, again = (load_subject(load([*base, f"like={run_dir}"])) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), rng_state)
     other = load_subject(load([*base, f"like={run_dir}", "run.seed=1"]))
     trained, _ = checkpoint.load_backbone(run_dir)
     shapes = {key: value.shape for key, value in trained.state_dict().items()}
