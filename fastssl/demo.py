@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import time
 from pathlib import Path
 
-from fastssl import config, train
+from fastssl import config, show_views, train
 from fastssl.evaluate import main as evaluate
 from fastssl.evaluate.settings import load as load_evaluation
 from fastssl.log import read_metrics
+from shard_tools import cli as shard_tools_cli
 
 HELP = """
 python -m fastssl.demo [FOLDER]: pack a small data set, train an encoder on the CPU, evaluate it, and report
@@ -29,18 +29,16 @@ def _demo(arguments: list[str]) -> int:
     began = time.perf_counter()
 
     _title("1. pack: photographs to shards")
-    subprocess.run([sys.executable, "-m", "shard_tools", "pack", "demo", str(shards)], check=True)
+    _done(shard_tools_cli.main(["pack", "demo", str(shards)]))
 
     _title("2. views: what the encoder will be shown")
     views = folder / "views.png"
     settings = ["recipe=demo", f"data.root={shards}", f"run.dir={run_dir}", "run.device=cpu"]
     show = [*settings, "views.ids=[0,1,2,3,4,5]", "views.epoch=0", f"views.out={views}"]
-    subprocess.run([sys.executable, "-m", "fastssl.show_views", *show], check=True)
+    _done(show_views.main(show))
 
     _title("3. train: MoCo v2 without labels")
-    code = train.run(config.load(settings))
-    if code:
-        return code
+    _done(train.run(config.load(settings)))
 
     _title("4. evaluate: kNN and a linear probe on frozen features, on the test patches")
     subjects = {"trained": str(run_dir), "random init": "random", "raw pixels": "pixels"}
@@ -78,6 +76,12 @@ def plot_loss(run_dir: Path, path: Path) -> Path:
     return path
 
 
+def _done(code: int) -> None:
+    """A part that failed has said why; the demo ends with its exit code."""
+    if code:
+        raise SystemExit(code)
+
+
 def _title(text: str) -> None:
     print(f"\n== {text}", flush=True)
 
@@ -104,7 +108,7 @@ def _report(
     print(f"run              {run_dir}: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/")
     print(f"results          {folder / 'evaluation'}")
     print(f"in all           {elapsed_s / 60:.1f} minutes")
-    print("A demonstration on 12 photographs, not a benchmark; what to do next is in README.md.")
+    print("A demonstration on pieces of 14 photographs, not a benchmark; what to do next is in README.md.")
 
 
 if __name__ == "__main__":
