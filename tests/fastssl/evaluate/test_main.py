@@ -88,6 +88,16 @@ def test_the_result_file_holds_metrics_protocol_and_step_beside_the_checkpoints(
     assert checkpoint.newest(run_dir).name == "step-00000007"  # the result is in no checkpoint's way
 
 
+def test_a_look_at_some_images_does_not_overwrite_the_result_on_all(run_dir, patch_shards):
+    base = [f"checkpoint={run_dir}", f"data.root={patch_shards}"]
+    run(load(base))
+    whole = (run_dir / "evaluation" / "knn-step-00000007.json").read_bytes()
+    run(load([*base, "data.limit=10"]))
+    assert (run_dir / "evaluation" / "knn-step-00000007.json").read_bytes() == whole
+    limited = json.loads((run_dir / "evaluation" / "knn-step-00000007-limit-10.json").read_text())
+    assert "10 images of train and 10 of test" in limited["protocol"]
+
+
 def test_a_baseline_writes_where_it_is_told_and_nowhere_else(patch_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = ["checkpoint=pixels", "view.size=16", f"data.root={patch_shards}"]
