@@ -88,7 +88,7 @@ def _decode(job: Job, i: int) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
         raise DecodeError(
-            f"{job.names[i]} cannot be decoded ({error}); pack the data again, `shard_tools pack` sets bad images aside"
+            f"{job.names[i]} cannot be decoded ({error}); pack the data again with --on-bad quarantine"
         ) from error
 
 
