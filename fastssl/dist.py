@@ -68,7 +68,8 @@ def all_gather(x: Tensor) -> Tensor:
         return x
     x = x.contiguous()
     out = x.new_empty((world() * x.shape[0], *x.shape[1:]))
-    td.all_gather_into_tensor(out, x)
+    gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # the older name, deprecated in 2.14
+    gather(out, x)
     return out
 
 
