@@ -95,7 +95,10 @@ class Manifest:
 
         Raises ShardError where there is none, or where it is not what `pack` or `index` wrote.
         """
-        return _load(_locate(Path(path), split))
+        manifest = _load(_locate(Path(path), split))
+        if split not in (manifest.split, "train"):  # "train" may be the default beside a path to another split's folder
+            raise ShardError(f"{path} holds the split {manifest.split!r}, not {split!r}; give the folder above it")
+        return manifest
 
     @property
     def labelled(self) -> bool:
@@ -254,15 +257,19 @@ def _plain_name(name: str) -> str:
 
 
 def _open_index(path: Path, num_samples: int) -> np.ndarray:
+    """Map index.npy without NumPy's own reader, which would evaluate the header of a damaged or hostile file."""
+    head = f"{{'descr': {INDEX_DTYPE.descr}, 'fortran_order': False, 'shape': ({num_samples},), }}".encode()
     try:
-        index = np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except FileNotFoundError:
-        raise ShardError(f"{path} is missing; restore it, or write it again with `shard_tools index`") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise ShardError(f"{path} is not a readable index ({error}); pack the split again") from None
-    if index.dtype != INDEX_DTYPE or index.shape != (num_samples,):
-        raise ShardError(f"{path} does not hold {num_samples} rows as its manifest says; pack the split again")
-    return index
+        with path.open("rb") as file:
+            start = file.read(10 + 2**16)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}); restore it, or pack the split again") from None
+    offset = 10 + int.from_bytes(start[8:10], "little")
+    if not start.startswith(b"\x93NUMPY\x01\x00") or start[10:offset].rstrip(b" \n") != head:
+        raise ShardError(f"{path} is no index of {num_samples} rows, as its manifest says; pack the split again")
+    if not num_samples or path.stat().st_size != offset + num_samples * INDEX_DTYPE.itemsize:
+        raise ShardError(f"{path} does not hold {num_samples} rows, as its manifest says; pack the split again")
+    return np.memmap(path, INDEX_DTYPE, "r", offset, (num_samples,))
 
 
 def _name_before(path: Path, offset: int) -> str:
