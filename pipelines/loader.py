@@ -99,7 +99,15 @@ class Loader:
         self._manifest = manifest
         self._batch_size, self._seed, self._rank, self._world, self._order = batch_size, seed, rank, world, order
         self._renderer = _Renderer(
-            manifest, specs, batch_size // world, seed, backend, device, threads, prefetch, output
+            manifest,
+            specs,
+            batch_size=batch_size // world,
+            seed=seed,
+            backend=backend,
+            device=device,
+            threads=threads,
+            depth=prefetch,
+            output=output,
         )
         self._stream: _Stream | None = None
 
@@ -180,7 +188,17 @@ def read_once(
     mine = wanted[len(wanted) * rank // world : len(wanted) * (rank + 1) // world]
     share = min(max(1, batch_size // world), max(1, len(mine)))
     plan = ((step, epoch, mine[first : first + share]) for step, first in enumerate(range(0, len(mine), share)))
-    renderer = _Renderer(manifest, specs, share, seed, backend, device, threads, 2, output)
+    renderer = _Renderer(
+        manifest,
+        specs,
+        batch_size=share,
+        seed=seed,
+        backend=backend,
+        device=device,
+        threads=threads,
+        depth=2,
+        output=output,
+    )
     return _read_all(renderer, plan)
 
 
@@ -237,6 +255,7 @@ class _Renderer:
         self,
         manifest: Manifest,
         specs: Sequence[ViewSpec],
+        *,
         batch_size: int,
         seed: int,
         backend: str,
@@ -345,7 +364,8 @@ class _Stream(Iterator[Batch]):
     def close(self) -> None:
         self._closed = True
         self._wanted.release()
-        self._thread.join()
+        if self._thread is not threading.current_thread():  # the garbage collector may run this in any thread
+            self._thread.join()
 
     def _run(self, source: Iterator[Batch]) -> None:
         try:
