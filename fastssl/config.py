@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import errno
 import sys
 import types
 import typing
@@ -94,9 +95,13 @@ def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Se
 
     try:
         return run(arguments) or 0
-    except (ValueError, DecodeError, FileNotFoundError) as error:
+    except (ValueError, DecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{where}; what was complete before is kept", file=sys.stderr)
+        return 4 if error.errno == errno.ENOSPC else 2
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         return 8

@@ -13,9 +13,10 @@ from fastssl.log import read_metrics
 from shard_tools import cli as shard_tools_cli
 
 HELP = """
-python -m fastssl.demo [FOLDER]: pack a small data set, train an encoder on the CPU, evaluate it, and report
+python -m fastssl.demo [FOLDER] [key=value ...]: pack a small data set, train on the CPU, evaluate, and report
 
 FOLDER (default runs/demo) receives shards/, the run and the pictures; a second start resumes or repeats the report.
+Settings are those of fastssl-train, over recipe=demo: run.duration=60ep, encoder=resnet18, ...
 """
 
 
@@ -24,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _demo(arguments: list[str]) -> int:
-    folder = Path(arguments[0] if arguments else "runs/demo")
+    folder = Path(next((a for a in arguments if "=" not in a), "runs/demo"))
+    overrides = [a for a in arguments if "=" in a]
     shards, run_dir = folder / "shards", folder / "run"
     began = time.perf_counter()
 
@@ -33,7 +35,7 @@ def _demo(arguments: list[str]) -> int:
 
     _title("2. views: what the encoder will be shown")
     views = folder / "views.png"
-    settings = ["recipe=demo", f"data.root={shards}", f"run.dir={run_dir}", "run.device=cpu"]
+    settings = ["recipe=demo", f"data.root={shards}", f"run.dir={run_dir}", "run.device=cpu", *overrides]
     show = [*settings, "views.ids=[0,1,2,3,4,5]", "views.epoch=0", f"views.out={views}"]
     _done(show_views.main(show))
 

@@ -39,7 +39,7 @@ settings are key=value; the same command with the same run.dir resumes
   run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
   loader.backend=auto|dali|exact   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
-exit codes: 0 done, 2 a setting or the data is wrong, 8 the loss is not finite, 75 stopped by a signal and saved
+exit codes: 0 done, 2 a setting or the data is wrong, 4 disk full, 8 the loss is not finite, 75 stopped and saved
 """
 
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
