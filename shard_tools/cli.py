@@ -25,6 +25,7 @@ from shard_tools.verify import check, check_info, manifests_below
 
 EXIT_BAD_INPUT, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 4, 130
 _MAX_LIST_BYTES = 256 * 2**20
+_KEY = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")  # a sample's number, or a range of them
 
 _SOURCES = {
     "imagenet": "ImageNet-1k: SRC/train/<wnid>/*.JPEG; val in class folders, or flat with --val-labels",
@@ -38,7 +39,7 @@ _SOURCES = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 good, 2 bad input or data, 4 disk full, 130 interrupted."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_args(_out_apart(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args)
     except DiskFull as error:
@@ -143,9 +144,8 @@ def _verify(args: argparse.Namespace) -> int:
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
-        raise ShardError(
-            f"{args.dir} has {counted(len(faults), 'fault')}; restore the files named above, or pack them again"
-        )
+        number = counted(len(faults), "fault")
+        raise ShardError(f"{args.dir} has {number}; restore the files named above, or pack the split again")
     return 0
 
 
@@ -177,19 +177,16 @@ def _index(args: argparse.Namespace) -> int:
 
 
 def _extract(args: argparse.Namespace) -> int:
-    *keys, out = [*args.keys, args.out] if args.out else args.keys
-    if not keys:
-        raise ShardError("give at least one key and then the folder OUT, as in `--keys 0 17 100-120 OUT`")
     manifest = Manifest.load(args.dir, args.split)
-    rows = [row for key in keys for row in _rows(key, manifest.num_samples)]
-    for path in extract(manifest, rows, Path(out)):
+    rows = [row for key in args.keys for row in _rows(key, manifest.num_samples)]
+    for path in extract(manifest, rows, args.out):
         print(path)
     return 0
 
 
 def _rows(key: str, num_samples: int) -> range:
     """One sample number, or an inclusive range a-b of them."""
-    match = re.fullmatch(r"(\d{1,12})(?:-(\d{1,12}))?", key)
+    match = _KEY.fullmatch(key)
     if not match:
         raise ShardError(f"the key {key!r} is neither a sample's number nor a range such as 100-120")
     first, last = int(match[1]), int(match[2] or match[1])
@@ -327,7 +324,17 @@ def _add_extract(commands: Any) -> None:
     parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
     parser.add_argument("--split", default="train", help="of DIR, if it holds several (default: train)")
     parser.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="numbers of samples, or ranges a-b")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="folder to write to")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+
+
+def _out_apart(argv: Sequence[str]) -> list[str]:
+    """In `extract DIR --keys 1 2 OUT`, part OUT from the keys, for which argparse would take it."""
+    words = list(argv)
+    if words[:1] == ["extract"] and "--keys" in words:
+        tail = words[words.index("--keys") + 1 :]
+        if len(tail) > 1 and not any(word.startswith("-") for word in tail) and not _KEY.fullmatch(tail[-1]):
+            words.insert(-1, "--")
+    return words
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
