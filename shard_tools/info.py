@@ -10,20 +10,23 @@ from PIL import Image
 
 from shard_tools.census import counted, table
 from shard_tools.extract import read_image
-from shard_tools.manifest import Manifest
+from shard_tools.manifest import Manifest, ShardError
 
 
 def describe(manifest: Manifest) -> dict[str, Any]:
-    """One split as plain data."""
+    """One split as plain data; raises ShardError where its index does not fit it."""
     labels = manifest.index()["label"]
-    counts = np.bincount(labels, minlength=len(manifest.classes or ())) if manifest.labelled else np.zeros(0, int)
+    num_classes = len(manifest.classes or ())
+    if labels.min() < -1 or labels.max() >= num_classes:
+        raise ShardError(f"{manifest.root} has labels without a class; see `shard_tools verify`, and pack it again")
+    counts = np.bincount(labels[labels >= 0], minlength=num_classes)
     return {
         "split": manifest.split,
         "num_samples": manifest.num_samples,
         "num_shards": len(manifest.shards),
         "num_bytes": sum(shard.num_bytes for shard in manifest.shards),
         "num_classes": None if manifest.classes is None else len(manifest.classes),
-        "samples_per_class": [int(counts.min()), int(counts.max())] if len(counts) else None,
+        "samples_per_class": [int(counts.min()), int(counts.max())] if num_classes else None,
         "digest": manifest.digest,
         "source": manifest.source,
         "options": manifest.options,

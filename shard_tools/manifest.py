@@ -215,7 +215,7 @@ def _parse(document: Any, root: Path) -> tuple[Manifest, str]:
         shards=shards,
         classes=None if classes is None else tuple(classes),
         num_samples=num_samples,
-        census=_typed(document, "census", dict),
+        census=_parse_census(_typed(document, "census", dict)),
         source=_typed(document, "source", dict),
         options=_typed(document, "options", dict),
         index_sha256=_typed(document, "index_sha256", str),
@@ -234,6 +234,27 @@ def _parse_shard(entry: Any) -> Shard:
         sha256=_typed(entry, "sha256", str),
         idx_sha256=_typed(entry, "idx_sha256", str),
     )
+
+
+def _parse_census(census: dict[str, Any]) -> dict[str, Any]:
+    """The census if what `info` and `verify` read of it has its shape; what is absent is counted as nothing."""
+    for key in {"formats", "modes", "exif_orientation", "quantiles"} & census.keys():
+        _typed(census, key, dict)
+    for key in {"corrupt_exif", "reencoded", "num_oddities"} & census.keys():
+        _count(census, key)
+    for key in {"oddities", "bad"} & census.keys():
+        _typed(census, key, list)
+    if not all(isinstance(entry, dict) for entry in census.get("quantiles", {}).values()):
+        raise ValueError("its quantiles are no table")
+    for oddity in census.get("oddities", []):
+        if not (isinstance(oddity, list) and len(oddity) == 2 and all(isinstance(text, str) for text in oddity)):
+            raise ValueError("its oddities are no list of names")
+    for bad in census.get("bad", []):
+        for key in ("name", "reason", "action"):
+            _typed(bad, key, str)
+        if bad["action"] == "kept":
+            _count(bad, "row")
+    return census
 
 
 def _typed(document: Any, key: str, kind: type) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from shard_tools.info import describe, lines
 from shard_tools.manifest import INDEX_DTYPE, Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
@@ -77,6 +79,12 @@ def test_the_digest_follows_the_data_and_not_the_place(packed: Path, tmp_path: P
         {"classes": "abc"},
         {"classes": [1, 2]},
         {"census": []},
+        {"census": {"formats": []}},
+        {"census": {"corrupt_exif": "x"}},
+        {"census": {"quantiles": {"width": 3}}},
+        {"census": {"oddities": [1]}},
+        {"census": {"bad": [{"name": "x"}]}},
+        {"census": {"bad": [{"name": "x", "reason": "y", "action": "kept", "row": []}]}},
         {"split": "../train"},
         {"digest": None},
         {"index_sha256": 5},
@@ -108,6 +116,28 @@ def test_bytes_that_are_no_manifest_are_refused(packed: Path, content: bytes) ->
     (packed / "train/manifest.json").write_bytes(content)
     with pytest.raises(ShardError, match=r"is not valid JSON|is no manifest"):
         Manifest.load(packed)
+
+
+def test_five_hundred_mutated_manifests_are_described_or_refused_and_nothing_else(packed: Path) -> None:
+    path = packed / "train/manifest.json"
+    good = path.read_text()
+    values = re.findall(r'(?<=: )(?:"[^"]*"|\d+|\[|\{|null)', good)
+    rng = random.Random(2)
+    refusals = 0
+    for _ in range(500):
+        text = good
+        for _ in range(rng.randint(1, 2)):
+            value = rng.choice(values)
+            other = rng.choice(["null", "-1", "1e999", '"x"', "[]", "{}", "true", str(10**30), '"\\ud800"', "[[["])
+            text = text.replace(f": {value}", f": {other}", rng.randint(1, 3))
+        path.write_text(text)
+        try:
+            manifest = Manifest.load(packed)
+            manifest.check_quick()
+            "\n".join(lines(describe(manifest)))
+        except ShardError:
+            refusals += 1
+    assert refusals > 250
 
 
 def test_a_huge_manifest_is_not_read(packed: Path) -> None:
