@@ -162,7 +162,9 @@ def torchvision_crop(uniforms: list[tuple[float, float]], spec: ViewSpec, width:
     return h, w, (height - h) // 2, (width - w) // 2
 
 
-@pytest.mark.parametrize("size", [(500, 375), (40, 41), (333, 90), (30, 200), (3, 3), (1, 50), (700, 1)])
+@pytest.mark.parametrize(
+    "size", [(500, 375), (40, 41), (333, 90), (30, 200), (3, 3), (1, 50), (700, 1), (8, 2), (2, 8)]
+)
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.9, 1.0)])
 def test_crops_are_those_of_torchvision_for_the_same_numbers(size, scale):
     spec, (width, height), num, seed = ViewSpec("query", 32, scale=scale), size, 200, 9

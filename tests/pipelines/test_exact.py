@@ -36,7 +36,8 @@ ALL = AugmentSpec(
     solarize_p=0.5,
     solarize_threshold=100,
 )
-CHAINS = {"moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "swav": SWAV, "all": ALL, "flip only": AugmentSpec()}
+NO_HUE = AugmentSpec(jitter_p=1.0, brightness=0.4)  # a hue of strength 0 must not even go through HSV
+CHAINS = {"moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "swav": SWAV, "all": ALL, "no hue": NO_HUE, "flip": AugmentSpec()}
 
 
 def planes_of(images: list[Image.Image]) -> np.ndarray:

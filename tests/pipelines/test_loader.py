@@ -23,6 +23,7 @@ from pipelines.augment import AugmentSpec
 from pipelines.backends import DecodeError
 from pipelines.draw import draw_view
 from pipelines.loader import Batch, Loader, available_cores, read_once
+from pipelines.order import order, windowed_order
 from pipelines.views import ViewSpec
 from shard_tools.manifest import Manifest, ShardError
 from tests.pipelines.torchvision_chain import view_of
@@ -99,6 +100,16 @@ def test_an_epoch_holds_each_sample_once_but_for_the_tail(order, batch_size, man
         for _ in range(2):
             ids = [i for _ in range(loader.steps_per_epoch) for i in next(batches).ids.tolist()]
             assert len(ids) == len(set(ids)) == 61 - loader.dropped_per_epoch
+
+
+def test_the_window_order_is_followed(tiny_files, tmp_path):
+    manifest = write_split(tmp_path, tiny_files, shard_size=1)
+    with Loader(manifest, EVAL, batch_size=20, seed=3, order="window") as loader:
+        batches = loader.batches(1)
+        ids = [next(batches).ids.tolist() for _ in range(3)]
+    first, second = (windowed_order([1] * 61, 3, epoch).tolist() for epoch in range(2))
+    assert ids == [first[20:40], first[40:60], second[:20]]
+    assert first != order(61, 3, 0).tolist()
 
 
 def test_a_batch_is_what_torchvision_makes_of_its_draws(manifest, tiny_files):
@@ -215,11 +226,14 @@ class TestBadInput:
             read_once(manifest, EVAL, batch_size=4, rows=[3, 61])
 
 
-def our_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("fastssl-")]
-
-
 class TestErrorsAndEnds:
+    @pytest.fixture(autouse=True)
+    def _note_threads(self):
+        self.before = set(threading.enumerate())
+
+    def new_threads(self) -> list[str]:
+        return [thread.name for thread in threading.enumerate() if thread not in self.before]
+
     def test_a_bad_image_is_raised_in_the_consumer_with_its_name(self, tiny_files, tmp_path):
         files = list(tiny_files)
         files[30] = ("jpg", files[30][1][:300])
@@ -228,7 +242,7 @@ class TestErrorsAndEnds:
         with pytest.raises(DecodeError, match=r"train-000001\.tar:000000030\.jpg cannot be decoded"):
             next(loader.batches())
         loader.close()
-        assert not our_threads()
+        assert not self.new_threads()
 
     def test_batches_before_a_bad_image_still_arrive(self, tiny_files, tmp_path):
         files = list(tiny_files)
@@ -238,7 +252,7 @@ class TestErrorsAndEnds:
         assert [next(batches).ids[0] for _ in range(7)] == [0, 4, 8, 12, 16, 20, 24]
         with pytest.raises(DecodeError, match=r"000000030"):
             next(batches)
-        assert not our_threads()
+        assert not self.new_threads()
 
     def test_damage_during_the_run_is_raised_in_the_consumer(self, damaged):
         manifest = Manifest.load(damaged)
@@ -255,20 +269,20 @@ class TestErrorsAndEnds:
     def test_close_ends_all_threads_though_the_consumer_stopped_early(self, manifest):
         loader = Loader(manifest, SPECS, batch_size=BATCH, seed=0, prefetch=3)
         next(loader.batches())
-        assert our_threads()
+        assert self.new_threads()
         loader.close()
         loader.close()
-        assert not our_threads()
+        assert not self.new_threads()
 
     def test_close_before_the_first_batch(self, manifest):
         loader = Loader(manifest, SPECS, batch_size=BATCH, seed=0)
         loader.close()
-        assert not our_threads()
+        assert not self.new_threads()
 
     def test_a_loop_left_early_ends_the_threads_of_read_once(self, manifest):
         for _ in read_once(manifest, EVAL, batch_size=4):
             break
-        assert not our_threads()
+        assert not self.new_threads()
 
     def test_a_second_iterator_starts_where_it_is_told_and_ends_the_first(self, manifest, reference):
         with Loader(manifest, SPECS, batch_size=BATCH, seed=7, prefetch=4) as loader:
@@ -291,6 +305,7 @@ class TestErrorsAndEnds:
     def test_a_script_that_does_not_close_its_loader_still_ends(self, tiny_shards):
         script = f"""
 from pipelines.loader import Loader
+from pipelines.order import order, windowed_order
 from pipelines.views import ViewSpec
 from shard_tools.manifest import Manifest
 loader = Loader(Manifest.load({str(tiny_shards)!r}), [ViewSpec("query", 32)], batch_size=8, seed=0)

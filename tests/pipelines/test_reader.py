@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.reader import Reader
+from pipelines.reader import Reader, _Descriptors
 from shard_tools.manifest import Manifest, ShardError
 
 
@@ -49,11 +49,24 @@ def test_descriptors_are_bounded_and_closed(tiny_shards, monkeypatch):
     assert open_files() == before
 
 
+def test_a_descriptor_in_use_is_not_closed_to_make_room(tiny_shards, monkeypatch):
+    monkeypatch.setattr("pipelines.reader._MAX_OPEN", 1)
+    manifest = Manifest.load(tiny_shards)
+    descriptors = _Descriptors(manifest)
+    with descriptors.opened(0) as first:
+        with descriptors.opened(1), descriptors.opened(2):
+            pass
+        assert os.path.samestat(os.fstat(first), manifest.shard_path(0).stat())
+    descriptors.close()
+
+
 def test_close_ends_the_threads(tiny_shards):
+    before = set(threading.enumerate())
     reader = Reader(Manifest.load(tiny_shards), threads=4)
     read(reader, list(range(61)))
+    assert set(threading.enumerate()) > before
     reader.close()
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fastssl-read")]
+    assert set(threading.enumerate()) == before
 
 
 def test_a_flipped_bit_is_named_with_shard_and_member(shards):
