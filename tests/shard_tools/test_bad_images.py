@@ -177,6 +177,14 @@ def test_a_decompression_bomb_is_refused_from_its_header_without_memory(name: st
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
 
 
+def test_the_limit_of_pixels_holds_although_other_code_lifted_pillows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    with pytest.raises(BadImage, match="16000x16000 px are more than 178956970"):
+        inspect(BAD["bomb.png"])
+
+
 def test_a_file_larger_than_a_member_may_be_is_not_read_whole(tmp_path: Path) -> None:
     with (tmp_path / "huge.jpg").open("wb") as file:
         file.write(GOOD)

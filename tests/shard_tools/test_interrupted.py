@@ -27,22 +27,30 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 ARGS = ["--shard-size", "4", "--on-bad", "quarantine"]
 
-# argv: what to do (SIGKILL, SIGINT), function to watch, number of its call, before or after, then the command
+# argv: signal, function to watch, number of its call, before or after, then the command. SIGINT goes to the whole
+# group, as from a keyboard.
 CHILD = """
-import os, signal, sys
+import importlib, os, signal, sys
 from shard_tools import cli
 what, watched, number, when = getattr(signal, sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv[4]
-original, calls = getattr(os, watched), 0
+module = importlib.import_module(watched.rpartition(".")[0])
+name = watched.rpartition(".")[2]
+original, calls = getattr(module, name), 0
+def strike():
+    if what == signal.SIGINT:
+        os.killpg(os.getpgrp(), what)
+    else:
+        os.kill(os.getpid(), what)
 def counted(*args, **kwargs):
     global calls
     calls += 1
     if calls == number and when == "before":
-        os.kill(os.getpid(), what)
+        strike()
     result = original(*args, **kwargs)
     if calls == number and when == "after":
-        os.kill(os.getpid(), what)
+        strike()
     return result
-setattr(os, watched, counted)
+setattr(module, name, counted)
 sys.exit(cli.main(sys.argv[5:]))
 """
 
@@ -61,10 +69,10 @@ def whole(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return hashes(dst)
 
 
-def run(src: Path, dst: Path, *child: object, workers: int = 1, **popen: object) -> subprocess.CompletedProcess[str]:
+def run(src: Path, dst: Path, *child: object, workers: int = 1) -> subprocess.CompletedProcess[str]:
     start = ["-c", CHILD, *map(str, child)] if child else ["-m", "shard_tools"]
     command = [sys.executable, *start, "pack", "imagefolder", src, dst, *ARGS, "--workers", str(workers)]
-    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, **popen)
+    return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, start_new_session=True)
 
 
 def no_half_shards(dst: Path) -> None:
@@ -79,19 +87,21 @@ def no_half_shards(dst: Path) -> None:
 @pytest.mark.parametrize(
     ("watched", "number", "when"),
     [
-        ("fsync", 1, "before"),  # the journal's first line
-        ("fsync", 3, "before"),  # the first shard, written but not in place
-        ("replace", 2, "before"),
-        ("replace", 2, "after"),  # the first shard in place, not its .idx
-        ("replace", 3, "after"),  # both in place, not journaled
-        ("fsync", 7, "after"),  # journaled
-        ("replace", 6, "before"),
-        ("replace", 10, "after"),
-        ("replace", 12, "before"),  # index.npy
-        ("replace", 13, "before"),  # quarantine.txt
-        ("replace", 14, "before"),  # _info.json
-        ("replace", 15, "before"),  # the manifest
-        ("replace", 15, "after"),  # all there, but the journal too
+        ("os.fsync", 1, "before"),  # the journal's first line
+        ("shard_tools.tar.member", 8, "before"),  # in the middle of the first shard
+        ("shard_tools.tar.member", 30, "before"),
+        ("os.fsync", 3, "before"),  # the first shard, written but not in place
+        ("os.replace", 2, "before"),
+        ("os.replace", 2, "after"),  # the first shard in place, not its .idx
+        ("os.replace", 3, "after"),  # both in place, not journaled
+        ("os.fsync", 7, "after"),  # journaled
+        ("os.replace", 6, "before"),
+        ("os.replace", 10, "after"),
+        ("os.replace", 12, "before"),  # index.npy
+        ("os.replace", 13, "before"),  # quarantine.txt
+        ("os.replace", 14, "before"),  # _info.json
+        ("os.replace", 15, "before"),  # the manifest
+        ("os.replace", 15, "after"),  # all there, but the journal too
     ],
 )
 def test_kill_9_at_any_step_and_a_rerun_give_the_bytes_of_an_uninterrupted_pack(
@@ -128,7 +138,7 @@ def test_kill_9_at_random_moments_with_two_workers_converges_to_the_same_bytes(
 
 
 def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD, "SIGKILL", "fsync", "3", "before"]
+    command = [sys.executable, "-c", CHILD, "SIGKILL", "os.fsync", "3", "before"]
     command += ["pack", "imagefolder", source_tree, tmp_path, *ARGS, "--workers", "2"]
     child = subprocess.Popen(command, env=ENV, **QUIET)
     child.wait(timeout=60)
@@ -142,7 +152,7 @@ def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Pa
 
 
 def test_a_rerun_continues_behind_complete_shards_instead_of_starting_over(source_tree: Path, tmp_path: Path) -> None:
-    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    run(source_tree, tmp_path, "SIGKILL", "os.replace", 8, "after")
     first = (tmp_path / "train/train-000000.tar").stat()
     done = run(source_tree, tmp_path)
     assert "continued behind 3 complete shards" in done.stdout
@@ -152,22 +162,25 @@ def test_a_rerun_continues_behind_complete_shards_instead_of_starting_over(sourc
 def test_a_lost_shard_of_an_interrupted_pack_is_written_again(
     source_tree: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    run(source_tree, tmp_path, "SIGKILL", "os.replace", 8, "after")
     (tmp_path / "train/train-000001.tar").unlink()
     assert "continued behind 1 complete shard;" not in run(source_tree, tmp_path).stdout
     assert hashes(tmp_path) == whole
 
 
-def test_a_torn_journal_line_costs_one_shard_only(source_tree: Path, whole: dict[str, str], tmp_path: Path) -> None:
-    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+@pytest.mark.parametrize("torn", [1, 40])
+def test_a_torn_journal_line_costs_one_shard_only(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path, torn: int
+) -> None:
+    run(source_tree, tmp_path, "SIGKILL", "os.replace", 8, "after")
     journal = tmp_path / "train/pack.journal"
-    journal.write_bytes(journal.read_bytes()[:-40])
+    journal.write_bytes(journal.read_bytes()[:-torn])
     assert "continued behind 2 complete shards" in run(source_tree, tmp_path).stdout
     assert hashes(tmp_path) == whole
 
 
 def test_an_unfinished_pack_refuses_other_options_until_told_to_overwrite(source_tree: Path, tmp_path: Path) -> None:
-    run(source_tree, tmp_path, "SIGKILL", "replace", 8, "after")
+    run(source_tree, tmp_path, "SIGKILL", "os.replace", 8, "after")
     source = imagefolder.open_source(source_tree, "train")
     with pytest.raises(ShardError, match="unfinished pack of other files or options"):
         pack(source, tmp_path, PackOptions(shard_size=5, on_bad="quarantine"))
@@ -179,7 +192,7 @@ def test_an_unfinished_pack_refuses_other_options_until_told_to_overwrite(source
 def test_ctrl_c_says_how_to_continue_and_leaves_a_resumable_state(
     source_tree: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    done = run(source_tree, tmp_path, "SIGINT", "replace", 5, "after", workers=2)
+    done = run(source_tree, tmp_path, "SIGINT", "os.replace", 5, "after", workers=2)
     assert done.returncode == 130
     assert done.stderr.startswith("error: interrupted; ")
     assert "the same command continues" in done.stderr
