@@ -1,0 +1,113 @@
+"""Views by NVIDIA DALI, on a GPU or on the CPU: graph.py makes the graph, inputs.py what is fed to it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipelines.backends import DecodeError, Job
+from pipelines.views import ViewSpec, flatten
+
+try:
+    from pipelines.backends.dali import inputs
+    from pipelines.backends.dali.graph import make_decoder, make_graph
+except ModuleNotFoundError as error:
+    if not (error.name or "").startswith("nvidia"):
+        raise
+    raise ValueError(
+        "loader.backend=dali needs NVIDIA DALI, which is not installed; install fastssl-train[dali] (CUDA 13) or "
+        "fastssl-train[dali-cuda12], or choose loader.backend=exact"
+    ) from error
+
+
+class DaliBackend:
+    """Implements `pipelines.backends.Backend`; the pixels do not depend on `threads`, `depth` or the other samples.
+
+    After a DecodeError the jobs behind the bad one can still be collected.
+    """
+
+    def __init__(
+        self, specs: Sequence[ViewSpec], batch_size: int, *, device: str, threads: int, output: str, depth: int
+    ) -> None:
+        self.depth = depth
+        self._specs = [spec for _, spec in flatten(specs)]
+        self._place: dict[str, Any] = {"device": "cpu", "device_id": None}
+        if torch.device(device).type == "cuda":
+            self._place = {"device": "gpu", "device_id": _device_index(device)}
+        # The queue length is 1 instead of `depth`, because a longer queue must be filled before the first batch starts.
+        # It does not limit how many runs can be scheduled ahead.
+        self._pipeline = make_graph(
+            specs,
+            self._newest_inputs,
+            output=output,
+            batch_size=batch_size,
+            num_threads=threads,
+            prefetch_queue_depth=1,
+            **self._place,
+        )
+        self._pipeline.build()
+        self._jobs: deque[Job] = deque()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.append(job)
+        self._pipeline.schedule_run()  # asks for `_newest_inputs` before it returns
+
+    def collect(self) -> list[Tensor]:
+        job = self._jobs.popleft()
+        try:
+            outputs = self._pipeline.share_outputs()
+        except RuntimeError as error:
+            raise self._explain(job, error) from error
+        views = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        self._pipeline.release_outputs()  # the buffers live on in the tensors
+        return views
+
+    def close(self) -> None:
+        self._jobs.clear()
+        self._pipeline = None
+
+    def _newest_inputs(self) -> list[Any]:
+        job = self._jobs[-1]
+        batch: list[Any] = [_as_arrays(job.images)]
+        for spec, draws in zip(self._specs, job.draws):
+            batch.extend(inputs.arrays(spec, draws).values())
+        return batch
+
+    def _explain(self, job: Job, error: RuntimeError) -> Exception:
+        """The samples to blame, which DALI often does not name: decodes them all again, one by one."""
+        decoder = make_decoder(batch_size=1, num_threads=1, prefetch_queue_depth=1, **self._place)
+        faults = []
+        for i, image in enumerate(job.images):
+            decoder.feed_input("encoded", _as_arrays([image]))
+            try:
+                (decoded,) = decoder.run()
+            except RuntimeError:
+                faults.append(f"{job.names[i]} cannot be decoded by DALI")
+                continue
+            height, width, _ = decoded[0].shape()
+            crops = np.stack([draws.crop[i] for draws in job.draws])
+            if (crops[:, :2] + crops[:, 2:] > (height, width)).any():
+                faults.append(f"{job.names[i]} is {width} x {height} px, but its index says otherwise")
+        if not faults:
+            return error
+        return DecodeError(
+            "; ".join(faults) + "; pack the data again, `shard_tools pack` sets bad images aside, or choose "
+            "loader.backend=exact for formats that only Pillow reads"
+        )
+
+
+def _as_arrays(images: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
+    return [np.frombuffer(image, dtype=np.uint8) for image in images]
+
+
+def _device_index(device: str) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError(f"loader.device is {device!r}, but no CUDA device can be used here; set it to cpu")
+    index = torch.device(device).index
+    return torch.cuda.current_device() if index is None else index

@@ -1,0 +1,166 @@
+"""Draws to the arrays that the graph takes: the one place where our units become DALI's.
+
+The graph declares its inputs by calling `arrays` on one blank sample, so what it asks for is what it is fed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipelines.augment import AugmentSpec
+from pipelines.draw import ViewDraws
+from pipelines.views import ViewSpec
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in ViewDraws.order
+
+_BOX_PASSES = 3  # Pillow's GaussianBlur is three box blurs
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+def arrays(spec: ViewSpec, draws: ViewDraws) -> Arrays:
+    """One array (B, ...) per input of a view; only those that the spec can use."""
+    augment = spec.augment
+    inputs = _center_window(spec, draws) if spec.crop == "center" else _crop_window(spec, draws)
+    if augment.grayscale_p > 0:
+        inputs["grayscale"] = draws.grayscale
+    if jitter_steps(augment):
+        inputs |= _jitter(augment, draws)
+    if augment.blur_p > 0:
+        rows = _blur_kernels(draws.sigma, augment.blur_sigma[1])[:, None, :]
+        inputs |= {"blur": draws.sigma > 0, "blur_rows": rows, "blur_columns": rows.swapaxes(1, 2)}
+    if augment.solarize_p > 0:
+        inputs["solarize"] = draws.solarize
+    return {name: np.ascontiguousarray(values) for name, values in inputs.items()}
+
+
+def blank_draws() -> ViewDraws:
+    """One sample of 1 x 1 px to which nothing is done."""
+    flag, number = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
+    return ViewDraws(
+        crop=np.array([[0, 0, 1, 1]], dtype=np.int32),
+        flip=flag,
+        jitter=flag,
+        order=np.arange(4, dtype=np.int8)[None],
+        brightness=number,
+        contrast=number,
+        saturation=number,
+        hue=number,
+        grayscale=flag,
+        sigma=number,
+        solarize=flag,
+    )
+
+
+def jitter_steps(augment: AugmentSpec) -> list[int]:
+    """The fixed sequence of colour operations from which each sample takes those that make up its own order.
+
+    Every order of the operations that the jitter can do is a subsequence of it. For all four it is the cheapest such
+    sequence, found by search, when the hue counts as forty nodes: once, in the middle. Four slots with a choice of four
+    in each would be twice as many nodes, and DALI takes 1 to 5 us per sample and node whatever the image's size.
+    """
+    if augment.jitter_p == 0:
+        return []
+    strengths = (augment.brightness, augment.contrast, augment.saturation)
+    others: list[int] = []
+    for number in (BRIGHTNESS, CONTRAST, BRIGHTNESS, SATURATION, BRIGHTNESS, CONTRAST, BRIGHTNESS):
+        if strengths[number] > 0 and number not in others[-1:]:
+            others.append(number)
+    return [*others, HUE, *others] if augment.hue > 0 else others
+
+
+def _crop_window(spec: ViewSpec, draws: ViewDraws) -> Arrays:
+    top_left, shape = draws.crop[:, None, :2], draws.crop[:, None, 2:]
+    inputs: Arrays = {"crop_start": top_left, "crop_shapes": shape, "crop_shape": draws.crop[:, 2:]}
+    if spec.augment.flip_p > 0:
+        size = draws.crop[:, 2:].astype(np.float32)
+        inputs |= _window(np.zeros_like(size), size, draws.flip)
+    return inputs
+
+
+def _center_window(spec: ViewSpec, draws: ViewDraws) -> Arrays:
+    """The part of the image, in fractions of px, that torchvision's Resize and then CenterCrop map to the view."""
+    size = draws.crop[:, 2:].astype(np.int64)
+    resized = spec.resize * size // size.min(axis=1, keepdims=True)
+    start = np.rint((resized - spec.size) / 2)  # half to even, as Python's round()
+    px = size / resized
+    return _window(start * px, (start + spec.size) * px, draws.flip)
+
+
+def _window(start: npt.NDArray[Any], end: npt.NDArray[Any], flip: npt.NDArray[np.bool_]) -> Arrays:
+    """(B, 2) corners as y, x. `fn.resize` mirrors a window whose end lies before its start."""
+    mirrored = np.stack([np.zeros_like(flip), flip], axis=1)
+    return {
+        "window_start": np.where(mirrored, end, start).astype(np.float32),
+        "window_end": np.where(mirrored, start, end).astype(np.float32),
+    }
+
+
+def _jitter(augment: AugmentSpec, draws: ViewDraws) -> Arrays:
+    steps = jitter_steps(augment)
+    order = draws.order[np.isin(draws.order, steps)].reshape(-1, len(set(steps)))
+    order = np.pad(order, [(0, 0), (0, 1)], constant_values=-1)
+    done = np.zeros(len(order), dtype=np.int64)
+    inputs: Arrays = {}
+    for step, number in enumerate(steps):
+        due = np.take_along_axis(order, done[:, None], axis=1)[:, 0] == number
+        inputs[f"step{step}"] = due & draws.jitter
+        done += due
+    if BRIGHTNESS in steps:
+        inputs["brightness"] = draws.brightness
+    if CONTRAST in steps:
+        inputs["contrast"] = draws.contrast
+    if SATURATION in steps:
+        inputs["saturation"] = draws.saturation
+    if HUE in steps:
+        inputs |= _hue(augment, draws.hue)
+    return inputs
+
+
+def _hue(augment: AugmentSpec, hue: npt.NDArray[np.float32]) -> Arrays:
+    """The turn as an exchange of channels, which is a third of the circle, and a rest of at most a sixth.
+
+    torchvision cuts the turn to whole steps of Pillow's 8-bit H, of which 255 are a full turn. Half a step less is what
+    Pillow loses by rounding H down, on average.
+    """
+    sixths = 6 * (np.trunc(255.0 * hue.astype(np.float64)) - 0.5) / 255
+    thirds = np.where(sixths > 1, 1, np.where(sixths < -1, -1, 0))
+    rest = sixths - 2 * thirds
+    channels = (np.arange(3) - thirds[:, None]) % 3  # after a third, green is what red was
+    following = (np.arange(3) + np.where(rest >= 0, 1, 2)[:, None]) % 3
+    inputs: Arrays = {
+        "hue_keep": (1 - np.abs(rest)).astype(np.float32),
+        "hue_neighbour": np.take_along_axis(channels, following, axis=1).astype(np.int32),
+    }
+    if 6 * (augment.hue + 0.5 / 255) > 1:
+        inputs |= {"hue_exchanges": thirds != 0, "hue_exchanged": channels.astype(np.int32)}
+    return inputs
+
+
+def _blur_kernels(sigma: npt.NDArray[np.float32], largest: float) -> npt.NDArray[np.float32]:
+    """Pillow's GaussianBlur(sigma) as kernels (B, taps): the third power of a box with soft ends.
+
+    `taps` follows from `largest` and not from the batch, so that a view does not depend on its neighbours. The radius
+    of the box: Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering" (SSVM 2011).
+    """
+
+    def whole_radius(variance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        return np.floor((np.sqrt(12 * variance + 1) - 1) / 2)
+
+    variance = sigma.astype(np.float64) ** 2 / _BOX_PASSES
+    whole = whole_radius(variance)
+    part = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance) / (6 * (variance - (whole + 1) ** 2))
+    reach = int(whole_radius(np.array(largest**2 / _BOX_PASSES))) + 1
+    distance = np.abs(np.arange(-reach, reach + 1))
+    box = np.clip((whole + part)[:, None] + 1 - distance, 0, 1)
+    box /= box.sum(axis=1, keepdims=True)
+    kernel = box
+    for _ in range(_BOX_PASSES - 1):
+        wider = np.zeros((len(box), kernel.shape[1] + 2 * reach))
+        for i in range(box.shape[1]):
+            wider[:, i : i + kernel.shape[1]] += box[:, i, None] * kernel
+        kernel = wider
+    return kernel.astype(np.float32)
