@@ -37,7 +37,7 @@ class Census:
         if facts.orientation is not None:
             self.exif_orientation[str(facts.orientation)] += 1
         for oddity in _oddities(name, facts):
-            self._add_oddity([name, oddity])
+            self._add_oddity([readable(name), oddity])
 
     def add_bad(self, name: str, reason: str, action: str, row: int | None = None) -> None:
         """Note one bad file. `action` is quarantined or kept; a kept one has its row."""
@@ -108,6 +108,11 @@ def table(census: dict[str, Any]) -> list[str]:
     lines.append(f"  bad        {len(bad)}")
     lines += [f"             {printable(e['name'])}: {e['reason']} ({e['action']})" for e in bad[:10]]
     return [*lines, "             ..."] if len(bad) > 10 else lines
+
+
+def readable(name: str) -> str:
+    """A file name as valid Unicode: bytes that are none are written \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def printable(name: str) -> str:

@@ -88,6 +88,7 @@ def _pack(args: argparse.Namespace) -> int:
 def _source(args: argparse.Namespace, split: str) -> Source:
     if args.source == "demo":
         return demo.open_source(split, seed=args.seed)
+    _check_apart(Path(args.src), args.dst / split)
     if args.source == "webdataset":
         return webdataset.open_source(args.src, split, args.classes and _names(args.classes, "--classes"))
     src = Path(args.src)
@@ -97,6 +98,13 @@ def _source(args: argparse.Namespace, split: str) -> Source:
         return imagenet.open_source(src, split, args.val_labels)
     modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10}
     return modules[args.source].open_source(src, split)
+
+
+def _check_apart(src: Path, folder: Path) -> None:
+    """Shards inside their source would be listed with it the next time, or replace it."""
+    source = (src if src.is_dir() else src.parent).resolve()
+    if source == folder.resolve() or (src.is_dir() and source in folder.resolve().parents):
+        raise ShardError(f"DST {folder} lies inside SRC {src}; choose a folder outside of it")
 
 
 def _resize(args: argparse.Namespace) -> Resize | None:

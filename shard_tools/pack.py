@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from shard_tools import disk, index, progress, tar
-from shard_tools.census import Census, printable, size_quantiles
+from shard_tools.census import Census, counted, printable, readable, size_quantiles
 from shard_tools.images import BadImage, Facts, Prepared, Resize, prepare
 from shard_tools.journal import JOURNAL_NAME, Journal
 from shard_tools.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardError, splits
@@ -124,8 +124,8 @@ def _pack(source: Source, items: list[Item], dst: Path, options: PackOptions, fi
                 _write_shards(source, rest, len(items), journal, options, bar)
                 manifest = _finish(source, dst, options, fingerprint, journal)
         except KeyboardInterrupt:
-            done = f"{len(journal.entries)} complete shards of {folder} are kept"
-            raise Interrupted(f"interrupted; {done}, and the same command continues behind them") from None
+            done = f"{counted(len(journal.entries), 'complete shard')} kept in {folder}"
+            raise Interrupted(f"interrupted with {done}; the same command continues from there") from None
     return Packed(manifest, bar, kept)
 
 
@@ -295,11 +295,6 @@ def _parts(item: Item, sample: Prepared, classes: tuple[str, ...] | None) -> lis
         meta["class"] = classes[item.label]
         parts.append(("cls", b"%d" % item.label))
     return [*parts, ("json", json.dumps(meta).encode())]
-
-
-def readable(name: str) -> str:
-    """A file name as valid Unicode: bytes that are none are written \\xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _finish(source: Source, dst: Path, options: PackOptions, fingerprint: str, journal: Journal) -> Manifest:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from shard_tools.census import readable
 from shard_tools.manifest import MAX_MEMBER_BYTES, ShardError
 from shard_tools.sources import Item, Source
 
@@ -63,7 +64,8 @@ def from_class_folders(kind: str, split: str, root: Path, folders: Sequence[str]
         listing = list_images(root / folder)
         items += [Item(f"{folder}/{name}", numbers[folder], size) for name, size in listing.files]
         num_ignored += listing.num_ignored
-    return Source(kind, split, items, tuple(classes), partial(read_file, os.fspath(root)), {"num_ignored": num_ignored})
+    names = tuple(map(readable, classes))
+    return Source(kind, split, items, names, partial(read_file, os.fspath(root)), {"num_ignored": num_ignored})
 
 
 def read_file(root: str, item: Item) -> bytes:

@@ -116,7 +116,7 @@ def test_class_names_may_be_given_and_must_suffice(tmp_path: Path) -> None:
 
 
 def test_what_no_reader_takes_for_a_sample_is_passed_over(tmp_path: Path) -> None:
-    extra = [
+    extra: list[Any] = [
         special("folder", tarfile.DIRTYPE),
         (".hidden.jpg", b"x"),
         ("README", b"x"),

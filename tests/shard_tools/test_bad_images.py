@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -186,14 +187,16 @@ def test_the_limit_of_pixels_holds_although_other_code_lifted_pillows(
 
 
 def test_a_file_larger_than_a_member_may_be_is_not_read_whole(tmp_path: Path) -> None:
-    with (tmp_path / "huge.jpg").open("wb") as file:
+    (tmp_path / "src").mkdir()
+    with (tmp_path / "src/huge.jpg").open("wb") as file:
         file.write(GOOD)
         file.truncate(3 * 2**30)  # a hole; reading it would need 3 GiB
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30));"
         "from shard_tools.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, "pack", "files", tmp_path, tmp_path / "dst", "--workers", "1"]
+    command: list[Any] = [sys.executable, "-c", code, "pack", "files", tmp_path / "src", tmp_path / "dst"]
+    command += ["--workers", "1"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=env)
     assert done.returncode == 2

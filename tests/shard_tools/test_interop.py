@@ -47,6 +47,7 @@ def test_the_webdataset_package_reads_keys_bytes_labels_and_metadata(packed: Man
     samples = list(webdataset.WebDataset(shard_paths(packed), shardshuffle=False))
     assert [(s["jpg"], int(s["cls"])) for s in samples] == expected(packed)
     assert [s["__key__"] for s in samples] == [f"{row:09d}" for row in range(21)]
+    assert packed.classes is not None
     for row, sample in enumerate(samples):
         meta = json.loads(sample["json"])
         assert meta["class"] == packed.classes[int(sample["cls"])]
@@ -98,5 +99,6 @@ def test_hugging_face_datasets_reads_the_shards_offline(packed: Manifest, tmp_pa
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
+    assert packed.classes is not None
     assert [(bytes.fromhex(image), label) for image, label, _ in rows] == expected(packed)
     assert all(name.partition("/")[0] == packed.classes[label] for _, label, name in rows)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from shard_tools.verify import check
 from tests.shard_tools.builders import ROOT, class_tree, hashes, jpeg, plant
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
-QUIET = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+QUIET: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
 ARGS = ["--shard-size", "4", "--on-bad", "quarantine"]
 
 # argv: signal, function to watch, number of its call, before or after, then the command. SIGINT goes to the whole
@@ -71,7 +72,7 @@ def whole(source_tree: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 def run(src: Path, dst: Path, *child: object, workers: int = 1) -> subprocess.CompletedProcess[str]:
     start = ["-c", CHILD, *map(str, child)] if child else ["-m", "shard_tools"]
-    command = [sys.executable, *start, "pack", "imagefolder", src, dst, *ARGS, "--workers", str(workers)]
+    command: list[Any] = [sys.executable, *start, "pack", "imagefolder", src, dst, *ARGS, "--workers", str(workers)]
     return subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=60, start_new_session=True)
 
 
@@ -120,7 +121,7 @@ def test_kill_9_at_random_moments_with_two_workers_converges_to_the_same_bytes(
 ) -> None:
     moment = random.Random(5)
     for _ in range(4):
-        command = [sys.executable, "-m", "shard_tools", "pack", "imagefolder", source_tree, tmp_path, *ARGS]
+        command: list[Any] = [sys.executable, "-m", "shard_tools", "pack", "imagefolder", source_tree, tmp_path, *ARGS]
         child = subprocess.Popen(
             [*command, "--workers", "2"],
             env=ENV,
@@ -138,7 +139,7 @@ def test_kill_9_at_random_moments_with_two_workers_converges_to_the_same_bytes(
 
 
 def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", CHILD, "SIGKILL", "os.fsync", "3", "before"]
+    command: list[Any] = [sys.executable, "-c", CHILD, "SIGKILL", "os.fsync", "3", "before"]
     command += ["pack", "imagefolder", source_tree, tmp_path, *ARGS, "--workers", "2"]
     child = subprocess.Popen(command, env=ENV, **QUIET)
     child.wait(timeout=60)
@@ -194,7 +195,7 @@ def test_ctrl_c_says_how_to_continue_and_leaves_a_resumable_state(
 ) -> None:
     done = run(source_tree, tmp_path, "SIGINT", "os.replace", 5, "after", workers=2)
     assert done.returncode == 130
-    assert done.stderr.startswith("error: interrupted; ")
+    assert done.stderr.startswith("error: interrupted with ")
     assert "the same command continues" in done.stderr
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.rglob("*.partial"))
@@ -210,7 +211,7 @@ def test_a_full_disk_ends_with_exit_code_4_and_keeps_the_complete_shards(tmp_pat
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000));"
         "from shard_tools.cli import main; sys.exit(main(sys.argv[1:]))"
     )
-    words = ["pack", "files", src, tmp_path / "dst", "--shard-size", "4", "--workers", "1"]
+    words: list[Any] = ["pack", "files", src, tmp_path / "dst", "--shard-size", "4", "--workers", "1"]
     done = subprocess.run([sys.executable, "-c", limit, *words], capture_output=True, text=True, env=ENV)
     assert done.returncode == 4
     assert done.stderr.startswith("error: no space left for ")

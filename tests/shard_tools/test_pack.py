@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -69,11 +71,14 @@ def test_hostile_file_names_come_back_from_the_metadata_and_never_as_member_name
 
 
 def test_a_file_name_that_is_no_unicode_is_packed_with_its_bytes_spelt_out(tmp_path: Path) -> None:
-    (tmp_path / "src").mkdir()
-    with open(bytes(tmp_path / "src") + b"/caf\xe9.jpg", "wb") as file:
+    folder = bytes(tmp_path / "src") + b"/na\xefve"
+    os.makedirs(folder)
+    with open(folder + b"/caf\xe9.jpg", "wb") as file:
         file.write(jpeg(1))
-    manifest = pack(files.open_source(tmp_path / "src", "train"), tmp_path / "dst", PackOptions()).manifest
-    assert json.loads(members(manifest)["000000000.json"])["name"] == "caf\\xe9.jpg"
+    manifest = pack(imagefolder.open_source(tmp_path / "src", "train"), tmp_path / "dst", PackOptions()).manifest
+    meta = json.loads(members(manifest)["000000000.json"])
+    assert (meta["name"], meta["class"]) == ("na\\xefve/caf\\xe9.jpg", "na\\xefve")
+    assert Manifest.load(tmp_path / "dst").classes == ("na\\xefve",)
 
 
 @settings(max_examples=25, deadline=None)
@@ -108,7 +113,7 @@ def test_pack_then_read_returns_the_same_bytes_for_any_name_and_size(
 def test_the_same_input_gives_the_same_bytes_with_one_and_two_workers_and_from_another_place(tmp_path: Path) -> None:
     first = class_tree(tmp_path / "a")
     second = class_tree(tmp_path / "elsewhere" / "b")
-    options = {"shard_size": 4, "resize": Resize(short_side=12)}
+    options: dict[str, Any] = {"shard_size": 4, "resize": Resize(short_side=12)}
     one = pack(imagefolder.open_source(first, "train"), tmp_path / "one", PackOptions(workers=1, **options))
     pack(imagefolder.open_source(second, "train"), tmp_path / "two", PackOptions(workers=2, **options))
     assert len(one.manifest.shards) == 6
@@ -153,6 +158,7 @@ def test_original_bytes_are_kept_and_index_and_labels_agree_with_the_tar(tmp_pat
         meta = json.loads(stored[f"{row:09d}.json"])
         assert payload == (src / meta["name"]).read_bytes()
         assert int(stored[f"{row:09d}.cls"]) == entry["label"]
+        assert manifest.classes is not None
         assert meta["class"] == manifest.classes[entry["label"]] == meta["name"].partition("/")[0]
         size = Image.open(io.BytesIO(payload)).size
         assert (meta["width"], meta["height"]) == (entry["width"], entry["height"]) == size

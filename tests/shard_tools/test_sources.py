@@ -285,6 +285,7 @@ def test_demo_patches_of_train_and_test_share_no_pixel_and_are_photographs_with_
     image = Image.open(io.BytesIO(train.read(train.items[0])))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (64, 64))
     text = train.side_files["ATTRIBUTION.txt"].decode()
+    assert train.classes is not None
     assert all(f"\n{name}: " in text for name in train.classes)
     assert text.count("CC BY 2.0; ") == 2
     assert not {"motorcycle", "moon", "page"} & set(train.classes)
