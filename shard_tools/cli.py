@@ -36,6 +36,10 @@ _SOURCES = {
     "demo": "patches of the photographs that scikit-image and scikit-learn ship; no SRC, no download",
 }
 
+_VAL_LABELS = (
+    "ground truth of a flat val: a wnid or number a line, `FILE wnid` lines, LOC_val_solution.csv, or the kit's"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 good, 2 bad input or data, 4 disk full, 130 interrupted."""
@@ -59,9 +63,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _fail(message: object, code: int) -> int:
     print(f"error: {message}", file=sys.stderr)
     return code
-
-
-# ---- pack
 
 
 def _pack(args: argparse.Namespace) -> int:
@@ -113,9 +114,10 @@ def _resize(args: argparse.Namespace) -> Resize | None:
             raise ShardError("--quality only matters to a resize; add --max-side or --short-side, or leave it out")
         return None
     side = args.max_side or args.short_side or 0
-    if side < 1 or not 1 <= (args.quality or 90) <= 100:
+    quality = 90 if args.quality is None else args.quality
+    if side < 1 or not 1 <= quality <= 100:
         raise ShardError("--max-side and --short-side must be at least 1 px, and --quality between 1 and 100")
-    return Resize(args.max_side or 0, args.short_side or 0, args.quality or 90)
+    return Resize(args.max_side or 0, args.short_side or 0, quality)
 
 
 def _report(packed: Packed) -> list[str]:
@@ -135,9 +137,6 @@ def _report(packed: Packed) -> list[str]:
 
 def _summary(manifest: Manifest) -> str:
     return f"{manifest.split}: {counted(manifest.num_samples, 'image')} in {counted(len(manifest.shards), 'shard')}"
-
-
-# ---- the other commands
 
 
 def _verify(args: argparse.Namespace) -> int:
@@ -220,9 +219,6 @@ def _names(path: Path, option: str) -> tuple[str, ...]:
     return names
 
 
-# ---- arguments
-
-
 class _Parser(argparse.ArgumentParser):
     """Errors are one sentence, like all others."""
 
@@ -236,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="shard_tools",
         description="Pack images into WebDataset tar shards, and check, describe and read them.",
         epilog="example: shard_tools pack imagefolder photos/ shards/ && shard_tools verify shards/ --full",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"shard_tools {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -269,7 +266,7 @@ def _add_pack(commands: Any) -> None:
             sub.add_argument("src", metavar="SRC", help="where the images are")
         sub.add_argument("dst", metavar="DST", type=Path, help="folder of the shards; the split gets one inside it")
         if name == "imagenet":
-            sub.add_argument("--val-labels", type=Path, metavar="FILE", help="ground truth of a flat val folder")
+            sub.add_argument("--val-labels", type=Path, metavar="FILE", help=_VAL_LABELS)
         if name == "webdataset":
             sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, from class 0")
         _add_pack_options(sub)
@@ -346,7 +343,7 @@ def _out_apart(argv: Sequence[str]) -> list[str]:
 
 
 def _add_workers(parser: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default: cores, {cores})")
 
 

@@ -102,6 +102,7 @@ BAD_INPUT = {
     "pack files SRC DST --quality 80": "--quality only matters to a resize",
     "pack files SRC DST --max-side 0": "at least 1 px",
     "pack files SRC DST --max-side 9 --quality 101": "between 1 and 100",
+    "pack files SRC DST --max-side 9 --quality 0": "between 1 and 100",
     "pack files SRC DST --max-side 9 --short-side 9": "not allowed with",
     "pack files SRC DST --on-bad ignore": "invalid choice: 'ignore'",
     "pack files SRC DST --subset-file NOWHERE": "NOWHERE cannot be read",
@@ -221,9 +222,6 @@ def test_a_terminal_sees_images_and_megabytes_a_second(src: Path, tmp_path: Path
     assert child.wait() == 0
     assert b"21/21" in seen
     assert re.search(rb"\d+ images/s, \d+\.\d MB/s", seen)
-
-
-# ---- rules that the room's files keep
 
 
 @pytest.mark.parametrize("path", sorted(ROOM.rglob("*.py")), ids=lambda path: path.relative_to(ROOM).as_posix())

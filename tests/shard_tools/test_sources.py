@@ -26,9 +26,6 @@ def labels(source: Source) -> dict[str, int]:
     return {item.name: item.label for item in source.items}
 
 
-# ---- class folders
-
-
 def test_imagefolder_reads_class_folders_at_the_top_or_below_the_split(tmp_path: Path) -> None:
     flat = imagefolder.open_source(class_tree(tmp_path / "flat", 2), "train")
     assert flat.classes == ("ant", "bee", "cat")
@@ -63,9 +60,6 @@ def test_files_takes_any_tree_without_labels(tmp_path: Path) -> None:
     source = files.open_source(tmp_path, "train")
     assert source.classes is None
     assert labels(source) == {"1.jpg": -1, "b/c/2.jpeg": -1, "train/3.webp": -1}
-
-
-# ---- ImageNet
 
 
 @pytest.fixture
@@ -154,8 +148,6 @@ def test_val_in_class_folders_uses_the_numbers_of_train(imagenet_tree: Path) -> 
     plant(imagenet_tree, {"validation/n02105855/a.JPEG": jpeg(1)})
     assert labels(imagenet.open_source(imagenet_tree, "validation")) == {"n02105855/a.JPEG": 2}
 
-
-# ---- CIFAR-10
 
 CIFAR_CLASSES = [b"airplane", b"automobile", b"bird", b"cat", b"deer", b"dog", b"frog", b"horse", b"ship", b"truck"]
 
@@ -271,9 +263,6 @@ def test_cifar_as_folders_and_splits_it_does_not_have(tmp_path: Path) -> None:
         cifar10.open_source(tmp_path, "val")
 
 
-# ---- demo
-
-
 def test_demo_patches_of_train_and_test_share_no_pixel_and_are_photographs_with_attribution() -> None:
     train, test = (demo.open_source(split) for split in ("train", "test"))
     assert (len(train.items), len(test.items)) == (4000, 1000)
@@ -307,9 +296,6 @@ def test_demo_does_not_import_the_packages_whose_photographs_it_reads() -> None:
     code = "import sys; from shard_tools.sources import demo; demo.open_source('train', num_patches=20); "
     code += "sys.exit(any(name in sys.modules for name in ('skimage', 'sklearn', 'torch')))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
-
-
-# ---- WebDataset
 
 
 def test_webdataset_packs_our_own_shards_again_with_names_labels_and_classes(tmp_path: Path) -> None:
