@@ -199,13 +199,13 @@ def _print(result: dict[str, Any], bench: BenchConfig) -> None:
     from rich.table import Table
 
     table = Table()
-    for column in ("", "images/s", "views/s", "Mpx/s", "step median s", "step p95 s", "CPU ms/image", "data wait"):
+    for column in ("", "images/s", "views/s", "step s", "p95 s", "CPU ms/image", "data wait"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("loader", "step", "train"):
         if name in result:
             r = result[name]
             table.add_row(
-                name, f"{r['images_per_s']:.1f}", f"{r['views_per_s']:.1f}", f"{r['megapixels_per_s']:.2f}",
+                name, f"{r['images_per_s']:.1f}", f"{r['views_per_s']:.1f}",
                 f"{r['step_s_median']:.3f}", f"{r['step_s_p95']:.3f}", f"{r['cpu_ms_per_image']:.2f}",
                 f"{r['data_wait']:.1%}",
             )  # fmt: skip
