@@ -77,13 +77,28 @@ def _pack(args: argparse.Namespace) -> int:
         subset=None if args.subset_file is None else _names(args.subset_file, "--subset-file"),
         overwrite=args.overwrite,
     )
-    default = ["train", "test"] if args.source == "demo" else ["train"]
-    report: list[str] = []
-    for split in [args.split] if args.split else default:
+    splits = [args.split] if args.split else _splits(args)
+    for split in splits:
         _check_split(split)
-        report += _report(pack(_source(args, split), args.dst, options))
+    opened = [
+        _source(args, split) for split in splits
+    ]  # all of them, so that a wrong one is said before the first is packed
+    report = [line for source in opened for line in _report(pack(source, args.dst, options))]
     print("\n".join(report))
     return 0
+
+
+def _splits(args: argparse.Namespace) -> Sequence[str]:
+    """The splits that are packed where --split does not choose: all that the source has, or train for one subset."""
+    if args.source == "demo":
+        return ("train", "test")
+    if args.subset_file is None and Path(args.src).is_dir():
+        if args.source == "cifar10":
+            return cifar10.splits(Path(args.src)) or ("train",)
+        if args.source in ("imagenet", "imagefolder"):
+            known = ("train", "val") if args.source == "imagenet" else imagefolder.SPLIT_NAMES
+            return imagefolder.splits(Path(args.src), known) or ("train",)
+    return ("train",)
 
 
 def _source(args: argparse.Namespace, split: str) -> Source:
@@ -96,7 +111,8 @@ def _source(args: argparse.Namespace, split: str) -> Source:
     if not src.is_dir():
         raise ShardError(f"no such folder: {src}; give the one that holds the images as SRC")
     if args.source == "imagenet":
-        return imagenet.open_source(src, split, args.val_labels)
+        labels = None if split == "train" and not args.split else args.val_labels
+        return imagenet.open_source(src, split, labels)
     modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10}
     return modules[args.source].open_source(src, split)
 
@@ -255,12 +271,12 @@ def _command(commands: Any, name: str, run: Any, summary: str, example: str) -> 
 
 def _add_pack(commands: Any) -> None:
     summary = "pack images into shards; an interrupted pack continues when the same command is run again"
-    example = "shard_tools pack imagenet /data/imagenet shards/ --split train --on-bad quarantine"
+    example = "shard_tools pack imagenet /data/imagenet shards/ --on-bad quarantine"
     more = "options of a source: shard_tools pack SOURCE --help"
     parser = _command(commands, "pack", _pack, summary, f"{example}\n{more}")
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
     for name, what in _SOURCES.items():
-        paths = "DST" if name == "demo" else "SRC DST --split train --workers 8"
+        paths = "DST" if name == "demo" else "SRC DST --workers 8"
         sub = _command(sources, name, _pack, what, f"shard_tools pack {name} {paths}")
         if name != "demo":
             sub.add_argument("src", metavar="SRC", help="where the images are")
@@ -274,7 +290,7 @@ def _add_pack(commands: Any) -> None:
 
 def _add_pack_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--split", help="train, val, test, ... (default: train; for the demo train and test)")
+    add("--split", help="train, val, test, ... (default: every split that SRC has as a folder, else train)")
     add("--shard-size", type=int, default=1000, metavar="N", help="most samples in a shard (default: 1000)")
     add("--shard-bytes", type=_bytes, default=0, metavar="SIZE", help="most bytes in a shard, such as 500MB")
     resize = parser.add_mutually_exclusive_group()

@@ -34,6 +34,14 @@ def open_source(src: Path, split: str) -> Source:
     return imagefolder.open_source(src, split, "cifar10")
 
 
+def splits(src: Path) -> list[str]:
+    """The splits that the folder holds, as pickles or as class folders."""
+    for folder in (src, src / _FOLDER):
+        if present := [split for split, batches in _BATCHES.items() if (folder / batches[0]).is_file()]:
+            return present
+    return imagefolder.splits(src, tuple(_BATCHES))
+
+
 def _from_pickles(folder: Path, split: str) -> Source:
     meta = read_pickle(os.fspath(folder / "batches.meta"))
     classes = tuple(str(name, "ascii") for name in _field(meta, b"label_names", list, folder / "batches.meta"))

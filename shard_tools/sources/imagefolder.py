@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from shard_tools.manifest import ShardError
@@ -23,6 +24,12 @@ def open_source(src: Path, split: str, kind: str = "imagefolder") -> Source:
     train = src / "train"
     classes = subfolders(train) if root != src and train.is_dir() else folders
     return from_class_folders(kind, split, root, folders, classes)
+
+
+def splits(src: Path, known: Sequence[str] = SPLIT_NAMES) -> list[str]:
+    """The folders of SRC that are named as splits, in the order of `known`."""
+    present = subfolders(src)
+    return [name for name in known if name in present]
 
 
 def split_folder(src: Path, split: str) -> Path:

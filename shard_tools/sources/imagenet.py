@@ -36,7 +36,11 @@ def open_source(src: Path, split: str, val_labels: Path | None = None) -> Source
         return _flat(split, root, classes, val_labels)
     if folders:
         return from_class_folders("imagenet", split, root, folders, classes)
-    remedy = "use the source imagefolder" if subfolders(root) else "give its ground truth with --val-labels"
+    remedy = (
+        "use the source imagefolder"
+        if subfolders(root)
+        else "give its ground truth with --val-labels, or pack the rest with --split train"
+    )
     raise ShardError(f"{root} has no class folders such as n01440764; {remedy}")
 
 

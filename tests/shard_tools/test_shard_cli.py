@@ -62,6 +62,29 @@ def test_pack_demo_needs_no_source_and_makes_both_splits(
     assert "test: 30 images in 1 shard, " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("source", "names"), [("imagefolder", "train val test"), ("cifar10", "train test")])
+def test_pack_takes_every_split_that_the_source_has(tmp_path: Path, source: str, names: str) -> None:
+    for split in ("test", "train", "val"):
+        class_tree(tmp_path / "src" / split, per_class=2)
+    assert main(["pack", source, str(tmp_path / "src"), str(tmp_path / "dst"), "--workers", "1"]) == 0
+    packed = {path.parent.name for path in (tmp_path / "dst").glob("*/manifest.json")}
+    assert packed == set(names.split())
+
+
+def test_pack_imagenet_takes_train_and_a_flat_val_with_its_labels_and_else_packs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    src = plant(tmp_path / "src", {"train/n00000001/a.JPEG": jpeg(1), "val/b.JPEG": jpeg(2), "test/c.JPEG": jpeg(3)})
+    words = ["pack", "imagenet", str(src), str(tmp_path / "dst"), "--workers", "1"]
+    assert main(words) == 2
+    assert "give its ground truth with --val-labels, or pack the rest with --split train" in capsys.readouterr().err
+    assert not (tmp_path / "dst").exists()
+    (tmp_path / "labels.txt").write_text("n00000001\n")
+    assert main([*words, "--val-labels", str(tmp_path / "labels.txt")]) == 0
+    assert [Manifest.load(tmp_path / "dst", split).num_samples for split in ("train", "val")] == [1, 1]
+    assert not (tmp_path / "dst" / "test").exists()
+
+
 def test_index_adopts_and_says_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plant(tmp_path, {"a.jpg": jpeg(1), "names.txt": b"zero\none\n"})
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
