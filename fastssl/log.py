@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 from torch import Tensor
 
 from fastssl import dist
@@ -119,8 +120,8 @@ class RunLog:
     def _show(self, done: int, loss: float, rates: dict[str, float], step_s: float) -> None:
         if not self.main:
             return
-        speed = f"{rates['images_per_s']:.0f} images/s  data wait {rates['data_wait']:.1%}"
-        text = f"loss {loss:.4f}  lr {rates['lr']:.4g}  {speed}"
+        speed = f"{rates['images_per_s']:.0f} images/s, {rates['data_wait']:.1%} waiting"
+        text = f"loss {loss:.3f}  lr {rates['lr']:.2g}  {speed}"
         if self._progress:
             self._progress.update(self._task, completed=done, description=text)
         elif done == self.total or time.monotonic() - self._last_plain_line >= PLAIN_LINE_EVERY_S:
@@ -148,12 +149,12 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
 
 def _progress_bar() -> Progress:
     return Progress(
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeElapsedColumn(),
-        TextColumn("ETA"),
-        TimeRemainingColumn(),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),  # what 80 columns leave
+        TextColumn("ETA", table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
         console=Console(stderr=True),
+        expand=True,
         refresh_per_second=4,
     )
