@@ -47,7 +47,9 @@ def setup(device: str) -> torch.device:
         store, r, w = next(td.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         prefixed = td.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        td.init_process_group("nccl" if use_cuda else "gloo", store=prefixed, rank=r, world_size=w, timeout=timeout)
+        # gloo for CPU tensors in either case: what ranks agree on each step must not wait for the GPU
+        backends = "cpu:gloo,cuda:nccl" if use_cuda else "cpu:gloo"
+        td.init_process_group(backends, store=prefixed, rank=r, world_size=w, timeout=timeout)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
@@ -87,7 +89,7 @@ def any_rank(flag: bool) -> bool:
     """Whether any rank says so; all ranks get the same answer. A collective: every rank must call it."""
     if world() == 1:
         return flag
-    said = torch.tensor([int(flag)], device="cuda" if td.get_backend() == "nccl" else "cpu")
+    said = torch.tensor([int(flag)])
     td.all_reduce(said, td.ReduceOp.MAX)
     return bool(said.item())
 
