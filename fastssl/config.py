@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import errno
+import os
 import sys
 import types
 import typing
@@ -96,18 +97,22 @@ def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Se
     try:
         return run(arguments) or 0
     except (ValueError, DecodeError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return _fail(error, 2)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror or error}{where}; what was complete before is kept", file=sys.stderr)
-        return 4 if error.errno == errno.ENOSPC else 2
+        message = f"{error.strerror or error}{where}; what was complete before is kept"
+        return _fail(message, 4 if error.errno == errno.ENOSPC else 2)
     except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 8
+        return _fail(error, 8)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _fail(message: object, code: int) -> int:
+    rank = os.environ.get("RANK", "0")  # torchrun's: an error may be one rank's alone, so each says its own
+    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr)
+    return code
 
 
 def convert_value(hint: Any, value: Any, path: str) -> Any:
