@@ -19,7 +19,7 @@ import torch
 
 from fastssl import __version__, config, dist
 from fastssl.settings import Config, require
-from fastssl.train import Training, open_loader, set_threads, to_device
+from fastssl.train import Training, open_loader, set_threads, to_device, view_output
 from pipelines.loader import Batch
 from pipelines.synthetic import SyntheticLoader
 from pipelines.views import num_views
@@ -162,7 +162,7 @@ def _synthetic(cfg: Config, device: torch.device) -> SyntheticLoader:
         rank=dist.rank(),
         world=dist.world(),
         seed=cfg.run.seed,
-        output="uint8" if device.type == "cpu" else "float32",
+        output=view_output(cfg, device),
         device=str(device),
     )
 

@@ -120,8 +120,8 @@ def find(path: str | Path) -> Path:
         if fault:
             raise CheckpointError(f"checkpoint {path} is damaged: {fault}; take another one of the same run")
         return path
-    folder = newest(path) or newest(path.parent)
-    if folder is None or not path.exists():
+    folder = newest(path.parent if path.name == "checkpoints" else path)
+    if folder is None:
         raise CheckpointError(f"no checkpoint at {path}; give a run directory, or a step-* folder of its checkpoints/")
     return folder
 

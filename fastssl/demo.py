@@ -63,7 +63,7 @@ def _demo(arguments: list[str]) -> int:
 
 
 def plot_loss(run_dir: Path, path: Path) -> Path:
-    """The loss and the share of the queue that holds real keys, over steps, as a PNG."""
+    """The loss, and the share of queries that rank their key first, over steps, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")

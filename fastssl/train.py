@@ -7,7 +7,6 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fastssl.log import RunLog
 from fastssl.methods import Method, Output, build_method
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
+from fastssl.precision import autocast
 from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config
 from pipelines.backends import chosen
@@ -181,16 +181,8 @@ def fit(
     return steps.stop
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """Half precision where torch judges it safe; nothing for fp32."""
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    return torch.autocast(device.type, dtype) if dtype else nullcontext()
-
-
 def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader:
     """This rank's loader. Raises ValueError or ShardError."""
-    # On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over.
-    on_cpu = device.type == "cpu" or cfg.loader.backend == "exact"
     return Loader(
         manifest,
         cfg.view_specs(),
@@ -202,9 +194,16 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
         device=str(device),
         threads=cfg.loader.threads,
         prefetch=cfg.loader.prefetch,
-        output="uint8" if on_cpu else "float16" if cfg.run.precision == "fp16" else "float32",
+        output=view_output(cfg, device),
         order=cfg.loader.order,
     )
+
+
+def view_output(cfg: Config, device: torch.device) -> str:
+    """On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over."""
+    if device.type == "cpu" or cfg.loader.backend == "exact":
+        return "uint8"
+    return "float16" if cfg.run.precision == "fp16" else "float32"
 
 
 def to_device(batch: Batch, cfg: Config, device: torch.device) -> dict[str, list[Tensor]]:

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastssl import dist
+from fastssl.precision import autocast
 from fastssl.settings import LoaderConfig
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 from pipelines.loader import Batch, read_once
 from pipelines.views import ViewSpec, normalize
 from shard_tools.manifest import Manifest
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -138,8 +137,7 @@ def forward(
     if images.dtype == torch.uint8:
         images = normalize(images, mean, std, torch.float32)
     images = images.contiguous(memory_format=torch.channels_last)
-    device_type = torch.device(device).type
-    with torch.autocast(device_type, dtype=AUTOCAST.get(precision), enabled=precision in AUTOCAST):
+    with autocast(precision, device):
         return backbone(images).float()
 
 
