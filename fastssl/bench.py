@@ -18,12 +18,15 @@ from typing import Any, Literal
 import torch
 
 from fastssl import __version__, config, dist
+from fastssl.schedule import Clock
 from fastssl.settings import Config, require
 from fastssl.train import Training, open_loader, set_threads, to_device, view_output
 from pipelines.loader import Batch
 from pipelines.synthetic import SyntheticLoader
 from pipelines.views import num_views
 from shard_tools.manifest import Manifest
+
+STEPS_PER_EPOCH = 5004  # ImageNet at batch 256: a bench has no epochs, but settings of a method may count them
 
 HELP = """
 fastssl-bench: images per second of the data path, of the training step, and of both; the bottleneck is named
@@ -94,7 +97,7 @@ def run(cfg: Config, mode: str, bench: BenchConfig) -> dict[str, Any]:
         with open_loader(cfg, manifest, device) as loader:
             rates["loader"] = measure(cfg, bench, loader.batches(), lambda step, batch: None)
     if mode in ("step", "train"):
-        training = Training.build(cfg, device)
+        training = Training.build(cfg, device, Clock(STEPS_PER_EPOCH, cfg.run.batch_size))
 
         def train_step(step: int, batch: Batch) -> None:
             output = training.step(to_device(batch, cfg, device), step, cfg.optim.lr)

@@ -2,7 +2,7 @@
 
     <run>/checkpoints/step-00000500/model.pt       the method's state_dict
                                     training.pt    optimiser and GradScaler
-                                    rank-0.pt      what differs by rank (random states)
+                                    rank-0.pt      what differs by rank: random states, the method's rank_state()
                                     meta.json      step, config, fingerprint of the data, versions
                                     SHA256SUMS     of all the others
     <run>/checkpoints/LAST                         name of the newest
@@ -18,11 +18,12 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.nn.encoder import build_encoder
@@ -35,7 +36,15 @@ class CheckpointError(ValueError):
     """A checkpoint that is not there, not whole, or of other data; the message says where and what to do."""
 
 
-def save(run_dir: Path, step: int, model: nn.Module, training: dict[str, Any], meta: dict[str, Any], keep: int) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    model: nn.Module,
+    training: dict[str, Any],
+    meta: dict[str, Any],
+    keep: int,
+    rank_state: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write the checkpoint of `step` with all ranks together and drop all but the `keep` newest. Returns its folder.
 
     A collective: every rank must call it. Raises OSError (disk full and the like) with the older checkpoints untouched.
@@ -46,7 +55,7 @@ def save(run_dir: Path, step: int, model: nn.Module, training: dict[str, Any], m
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
     dist.barrier()
-    _save_tensors(beside / f"rank-{dist.rank()}.pt", {"rng": torch.get_rng_state()})
+    _save_tensors(beside / f"rank-{dist.rank()}.pt", {"rng": torch.get_rng_state(), "method": dict(rank_state or {})})
     dist.barrier()
     if dist.rank() == 0:
         _save_tensors(beside / "model.pt", model.state_dict())
@@ -110,6 +119,13 @@ def restore(folder: Path, model: nn.Module, device: torch.device) -> dict[str, A
     if own.is_file():
         torch.set_rng_state(_load_tensors(own, torch.device("cpu"))["rng"])
     return _load_tensors(folder / "training.pt", device)
+
+
+def load_rank_state(folder: Path) -> dict[str, Tensor] | None:
+    """What `save` got as this rank's own state; None if another number of ranks wrote the folder."""
+    if load_meta(folder)["world"] != dist.world():
+        return None
+    return _load_tensors(folder / f"rank-{dist.rank()}.pt", torch.device("cpu")).get("method", {})
 
 
 def find(path: str | Path) -> Path:

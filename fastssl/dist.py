@@ -19,6 +19,11 @@ def rank() -> int:
     return td.get_rank() if td.is_initialized() else 0
 
 
+def local_rank() -> int:
+    """This rank's number on its own host."""
+    return int(os.environ.get("LOCAL_RANK", "0")) if td.is_initialized() else 0
+
+
 def world() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
@@ -77,12 +82,20 @@ def all_gather(x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def all_reduce_mean(x: Tensor) -> Tensor:
-    """The mean over ranks, a new tensor."""
-    if world() == 1:
-        return x
-    x = x.clone()
-    td.all_reduce(x)
-    return x / world()
+    """The mean over ranks, a new tensor (x itself on one process)."""
+    return x if world() == 1 else _all_reduce(x, td.ReduceOp.SUM) / world()
+
+
+@torch.no_grad()
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """The sum over ranks, a new tensor (x itself on one process)."""
+    return _all_reduce(x, td.ReduceOp.SUM)
+
+
+@torch.no_grad()
+def all_reduce_max(x: Tensor) -> Tensor:
+    """The largest over ranks, a new tensor (x itself on one process)."""
+    return _all_reduce(x, td.ReduceOp.MAX)
 
 
 def any_rank(flag: bool) -> bool:
@@ -109,16 +122,25 @@ def permutation(size: int, seed: int, step: int) -> Tensor:
     return torch.randperm(size, generator=generator)
 
 
+def _all_reduce(x: Tensor, operation: td.ReduceOp.RedOpType) -> Tensor:
+    if world() == 1:
+        return x
+    x = x.clone()
+    td.all_reduce(x, operation)
+    return x
+
+
 def wrap(method: nn.Module) -> nn.Module:
     """The module whose forward averages gradients over ranks; `method` itself on one process.
 
-    Buffers follow rank 0 at each forward, as in the published code, except those that `method.rank_equal_buffers` names
-    (the queue: equal on all ranks by construction, and large). Not DDP's static_graph: it looks for tensors in tuples
-    and dicts only, finds none in an `Output`, and then leaves gradients local without a word (torch 2.14).
+    Buffers follow rank 0 at each forward, as in the published code, except those that `method.own_buffers` names (a
+    queue: large, and either equal on all ranks by construction or meant to differ). Not DDP's static_graph: it looks
+    for tensors in tuples and dicts only, finds none in an `Output`, and then leaves gradients local without a word
+    (torch 2.14).
     """
     if world() == 1:
         return method
     ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(method, list(getattr(method, "rank_equal_buffers", ())))
+    ddp._set_params_and_buffers_to_ignore_for_model(method, list(getattr(method, "own_buffers", ())))
     device_ids = [torch.cuda.current_device()] if next(method.parameters()).is_cuda else None
     return ddp(method, device_ids=device_ids, gradient_as_bucket_view=True)

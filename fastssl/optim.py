@@ -11,12 +11,22 @@ from fastssl.settings import OptimConfig
 
 
 def build_optimizer(method: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
-    """SGD over the parameters that take gradients. Raises ValueError if the fused form is not to be had."""
+    """Over the parameters that take gradients. Raises ValueError if the fused form is not to be had."""
     groups = parameter_groups(method, config.weight_decay, config.weight_decay_on)
+    fused = config.fused == "torch" or None
+    if config.fused == "apex" and config.name != "sgd":
+        raise ValueError(f"optim.fused is 'apex', which fastssl offers for sgd only, not {config.name}; say torch")
+    if config.name == "lars":
+        from timm.optim import Lars
+
+        groups[0]["always_adapt"] = True  # timm otherwise rescales only where there is weight decay
+        return Lars(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, trust_coeff=config.trust)
+    if config.name == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, fused=fused)
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.fused == "apex":
         return _apex_sgd(groups, options, device)
-    return torch.optim.SGD(groups, **options, fused=config.fused == "torch" or None)
+    return torch.optim.SGD(groups, **options, fused=fused)
 
 
 def parameter_groups(method: nn.Module, weight_decay: float, weight_decay_on: str) -> list[dict[str, Any]]:

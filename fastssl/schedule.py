@@ -55,7 +55,7 @@ def learning_rate(config: OptimConfig, clock: Clock, total_steps: int) -> Callab
 
     def lr(step: int) -> float:
         if step < warmup:
-            return config.warmup_lr + (peak - config.warmup_lr) * (step + 1) / warmup
+            return config.warmup_lr + (peak - config.warmup_lr) * (step / (warmup - 1) if warmup > 1 else 1.0)
         if config.schedule_per == "epoch":
             step = max(step // clock.steps_per_epoch * clock.steps_per_epoch, warmup)
         if config.schedule == "cosine":

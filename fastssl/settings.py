@@ -31,20 +31,29 @@ class DataConfig:
 
     root: str
     split: str = "train"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """A ViewSpec without its role (the key of the group); `augment` overrides single keys of the run's chain."""
+    """A ViewSpec; `augment` overrides single keys of the run's chain.
+
+    role    what the method calls these views; "" takes the key of the group. Several groups may share a role,
+            which then has views of several sizes (CLSA)
+    """
 
     size: int
+    role: str = ""
     count: int = 1
     crop: str = "random_resized"
     scale: tuple[float, float] = (0.2, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     resize: int = 0
+    turn_deg: float = 180.0
+    shift_px: int = 0
+    shows: str = "pixels"
+    same_as: str = ""
     augment: dict[str, Any] = field(default_factory=dict)
 
 
@@ -69,18 +78,22 @@ class LoaderConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD and its schedule.
+    """The optimiser and its schedule.
 
+    name            "sgd"; "lars": SGD whose gradients are rescaled, tensor by tensor, to `trust` times the weights'
+                    norm (what SwAV's code calls LARC with clip=False); "adam"
+    trust           lars only: the trust coefficient
     lr              as written; with lr_scaling "linear" it means batch 256 and is multiplied by run.batch_size / 256
     schedule        "cosine" to final_lr, "step" (times gamma at each milestone), or "constant"
     milestones      durations such as "120ep"
     schedule_per    "epoch": lr changes at epoch starts, as MoCo's code does; "step": every step
-    warmup          a duration; lr grows linearly from warmup_lr over it
-    weight_decay_on "all" parameters, as MoCo does, or "weights": not biases and norms
+    warmup          a duration; lr grows linearly over it, from warmup_lr at its first step to lr at its last
+    weight_decay_on "all" parameters, as MoCo and SwAV do, or "weights": not biases and norms, which lars then
+                    does not rescale either
     fused           "torch": torch's fused kernel; "apex": NVIDIA Apex's FusedSGD, if that package is there; "off"
     """
 
-    name: Literal["sgd"] = "sgd"
+    name: Literal["sgd", "lars", "adam"] = "sgd"
     lr: float = 0.03
     lr_scaling: Literal["none", "linear"] = "none"
     momentum: float = 0.9
@@ -94,11 +107,13 @@ class OptimConfig:
     gamma: float = 0.1
     warmup: str = "0steps"
     warmup_lr: float = 0.0
+    trust: float = 0.001
     fused: Literal["torch", "apex", "off"] = "torch"
 
     def __post_init__(self) -> None:
         require(self.lr >= 0.0, "optim.lr", self.lr, "0 or more")
         require(0.0 <= self.momentum < 1.0, "optim.momentum", self.momentum, "in [0, 1)")
+        require(self.trust > 0.0, "optim.trust", self.trust, "above 0")
         require(self.weight_decay >= 0.0, "optim.weight_decay", self.weight_decay, "0 or more")
         require(
             self.schedule != "step" or bool(self.milestones),
@@ -180,13 +195,15 @@ class Config:
         """The views of one image, in the order of the config. Raises ValueError with key and remedy."""
         return [
             ViewSpec(
-                role=role,
-                **{f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.name != "augment"},
+                role=view.role or key,
+                **{
+                    f.name: getattr(view, f.name) for f in dataclasses.fields(view) if f.name not in ("role", "augment")
+                },
                 augment=augment_spec(
-                    {**self.augment, **view.augment}, self.data.mean, self.data.std, f"views.{role}.augment"
+                    {**self.augment, **view.augment}, self.data.mean, self.data.std, f"views.{key}.augment"
                 ),
             )
-            for role, view in self.views.items()
+            for key, view in self.views.items()
         ]
 
 

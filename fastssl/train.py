@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastssl import __version__, checkpoint, config, dist
 from fastssl.log import RunLog
-from fastssl.methods import Method, Output, build_method
+from fastssl.methods import Method, Output, RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.precision import autocast
@@ -23,7 +23,7 @@ from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config
 from pipelines.backends import chosen
 from pipelines.loader import Batch, Loader, available_cores, normalize
-from pipelines.views import num_views
+from pipelines.views import num_views, role_counts
 from shard_tools.manifest import Manifest
 
 HELP = """
@@ -71,8 +71,8 @@ def run(cfg: Config) -> int:
         total = clock.steps(cfg.run.duration, "run.duration")
         until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
         lr = learning_rate(cfg.optim, clock, total)
-        training = Training.build(cfg, device)
-        start = _resume(training, run_dir, loader.fingerprint)
+        training = Training.build(cfg, device, clock)
+        start, lost = _resume(training, run_dir, loader.fingerprint)
         if start >= until:
             if dist.rank() == 0:
                 print(f"{run_dir} is already at step {start} of {total}; nothing to do", file=sys.stderr)
@@ -81,6 +81,8 @@ def run(cfg: Config) -> int:
         log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every)
         for line in _describe(training, manifest, loader, clock, total, lr, start):
             log.say(line)
+        if lost:
+            log.say(f"warning: {lost}")
         if dist.rank() == 0:
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
 
@@ -88,7 +90,7 @@ def run(cfg: Config) -> int:
             state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
             meta = _meta(cfg, loader.fingerprint, training.method)
             with log.pause():
-                checkpoint.save(run_dir, step, training.method, state, meta, cfg.run.keep)
+                checkpoint.save(run_dir, step, training.method, state, meta, cfg.run.keep, training.method.rank_state())
 
         def evaluate() -> dict[str, float]:
             with log.pause():
@@ -124,11 +126,11 @@ class Training:
     model: torch.nn.Module  # the method, wrapped where ranks average gradients
 
     @classmethod
-    def build(cls, cfg: Config, device: torch.device) -> Training:
+    def build(cls, cfg: Config, device: torch.device, clock: Clock) -> Training:
         """From settings alone, the same weights on every rank. Raises ValueError."""
         torch.manual_seed(cfg.run.seed)
-        roles = {spec.role: spec.count for spec in cfg.view_specs()}
-        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), roles, cfg.run.seed)
+        facts = RunFacts(role_counts(cfg.view_specs()), cfg.run.seed, clock)
+        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), facts)
         method.to(device).to(memory_format=memory_format(cfg))
         method.train()
         optimizer = build_optimizer(method, cfg.optim, device)
@@ -274,12 +276,12 @@ def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
     }
 
 
-def _resume(training: Training, run_dir: Path, fingerprint: str) -> int:
-    """Load the newest whole checkpoint of the run, if any; returns the step to begin with."""
+def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, str | None]:
+    """Load the newest whole checkpoint of the run, if any: the step to begin with, and a sentence on what was lost."""
     cfg = training.cfg
     folder = dist.main_says(str(checkpoint.newest(run_dir) or "") if dist.rank() == 0 else None)
     if not folder:
-        return 0
+        return 0, None
     if cfg.run.resume == "never":
         raise checkpoint.CheckpointError(f"{run_dir} has a checkpoint and run.resume is never; give another run.dir")
     meta = checkpoint.load_meta(Path(str(folder)))
@@ -295,7 +297,7 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> int:
     state = checkpoint.restore(Path(str(folder)), training.method, training.device)
     training.optimizer.load_state_dict(state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
-    return int(meta["step"])
+    return int(meta["step"]), training.method.load_rank_state(checkpoint.load_rank_state(Path(str(folder))))
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.

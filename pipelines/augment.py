@@ -10,7 +10,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class AugmentSpec:
-    """One chain after the crop: [grayscale] -> jitter -> grayscale -> blur -> solarize -> flip.
+    """One chain after the crop: [grayscale] -> jitter -> grayscale -> blur -> solarize -> flip -> strong draws.
 
     The semantics are torchvision's on Pillow images: jitter runs its four operations in a random order per view,
     contrast pivots on the rounded mean luma, hue turns in HSV, blur is Pillow's `GaussianBlur(radius=sigma)`, and every
@@ -24,7 +24,10 @@ class AugmentSpec:
     blur_p, blur_sigma      probability, and the range of sigma in pixels of the view
     solarize_p, solarize_threshold      values at or above the threshold are inverted
     flip_p          probability of the horizontal flip
-    mean, std       the normalisation that a float output applies, for pixels in [0, 1]
+    strong_draws    number of draws from the pool of strong operations (see strong.py; CLSA takes 5)
+    stretch, floor  for arrays only, not photographs, instead of all the above: "log10" of the pixels, where those that
+                    are not positive count as `floor`; "none" leaves the values
+    mean, std       the normalisation that a float output applies: for pixels in [0, 1], for an array's values as they are
     Raises ValueError naming the key, the value and the remedy.
     """
 
@@ -40,8 +43,11 @@ class AugmentSpec:
     solarize_p: float = 0.0
     solarize_threshold: int = 128
     flip_p: float = 0.5
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    strong_draws: int = 0
+    stretch: str = "none"
+    floor: float = 0.1
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
         for key in ("jitter_p", "grayscale_p", "blur_p", "solarize_p", "flip_p"):
@@ -54,7 +60,11 @@ class AugmentSpec:
         _require(
             0 <= self.solarize_threshold <= 256, "solarize_threshold", self.solarize_threshold, "a value in 0..256"
         )
-        _require(min(self.std) > 0.0, "std", self.std, "three numbers above 0")
+        _require(0 <= self.strong_draws <= 16, "strong_draws", self.strong_draws, "a number of draws from 0 to 16")
+        _require(self.stretch in ("none", "log10"), "stretch", self.stretch, "none or log10")
+        _require(self.floor > 0.0, "floor", self.floor, "above 0")
+        _require(min(self.std, default=0.0) > 0.0, "std", self.std, "numbers above 0, one a channel")
+        _require(len(self.mean) == len(self.std), "mean", self.mean, f"as many numbers as std has, {len(self.std)}")
 
 
 def _require(condition: bool, key: str, value: object, remedy: str) -> None:

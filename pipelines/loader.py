@@ -29,7 +29,7 @@ from pipelines.draw import draw_view
 from pipelines.order import Order, order, rows_for_step, windowed_order
 from pipelines.philox import check_seed
 from pipelines.reader import Reader
-from pipelines.views import ViewSpec, flatten
+from pipelines.views import ViewSpec, by_role, flatten
 from pipelines.views import normalize as normalize  # the other half of a uint8 batch, for the training side
 from shard_tools.manifest import Manifest, ShardError
 
@@ -43,7 +43,7 @@ _READ_THREADS = 8  # they wait for storage rather than work, so they are not cou
 class Batch:
     """One rank's part of a step.
 
-    views   role -> list of (B, 3, S, S) in channels-last memory; the list is as long as the role's `ViewSpec.count`
+    views   role -> list of (B, 3, S, S) in channels-last memory, as many as the role's specs count together
     labels  int64 (B,), -1 where the data has none
     ids     int64 (B,), rows of the manifest's index
     step    the global step, counted from 0
@@ -223,9 +223,8 @@ def available_cores() -> int:
 
 
 def _check(manifest: Manifest, specs: Sequence[ViewSpec], threads: int, prefetch: int) -> None:
-    roles = [spec.role for spec in specs]
-    if not roles or len(set(roles)) != len(roles):
-        raise ValueError(f"the views have the roles {roles}, but there must be one at least, and each role only once")
+    if not specs:
+        raise ValueError("there are no views, but a method reads one at least; write views.ROLE")
     if threads < 0:
         raise ValueError(f"loader.threads is {threads}, but must be 0 (all cores) or more")
     if prefetch < 1:
@@ -304,8 +303,7 @@ class _Renderer:
 
     def _collect(self) -> Batch:
         step, rows = self._in_backend.popleft()
-        rendered = iter(self._backend.collect())
-        views = {spec.role: [next(rendered) for _ in range(spec.count)] for spec in self._specs}
+        views = by_role(self._specs, self._backend.collect())
         labels = torch.from_numpy(self._index[rows]["label"].astype(np.int64)).to(self._device)
         return Batch(views, labels, torch.from_numpy(rows.astype(np.int64)).to(self._device), step)
 

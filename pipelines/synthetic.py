@@ -14,7 +14,7 @@ from torch import Tensor
 from pipelines.loader import Batch, check_batch_size
 from pipelines.order import Order, order, rows_for_step
 from pipelines.philox import check_seed, philox
-from pipelines.views import ViewSpec, flatten, normalize
+from pipelines.views import ViewSpec, by_role, flatten, normalize
 
 _POOL_BYTES = 2**24  # random bytes in all; every view is a stretch of them, so that a batch costs one copy
 _BLOCK = 0x10000  # of the counter; far from the blocks of `pipelines.draw`
@@ -69,8 +69,7 @@ class SyntheticLoader:
     def __exit__(self, *_: object) -> None: ...
 
     def _batch(self, step: int, epoch: int, rows: Order) -> Batch:
-        rendered = (self._noise(view, spec, epoch, rows) for view, spec in flatten(self._specs))
-        views = {spec.role: [next(rendered) for _ in range(spec.count)] for spec in self._specs}
+        views = by_role(self._specs, [self._noise(view, spec, epoch, rows) for view, spec in flatten(self._specs)])
         ids = torch.from_numpy(rows.astype(np.int64)).to(self._device)
         labels = ids % self._num_classes if self._num_classes else torch.full_like(ids, -1)
         return Batch(views, labels, ids, step)

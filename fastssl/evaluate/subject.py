@@ -65,7 +65,7 @@ def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
 
 def center_view(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ViewSpec:
     """A view without any chance in it."""
-    augment = AugmentSpec(flip_p=0.0, mean=mean, std=std)  # type: ignore[arg-type]
+    augment = AugmentSpec(flip_p=0.0, mean=mean, std=std)
     return ViewSpec(role="test", size=size, crop="center", resize=resize, augment=augment)
 
 

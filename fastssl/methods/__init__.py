@@ -6,20 +6,20 @@ from typing import Any
 
 from torch import nn
 
-from fastssl.methods.base import Method, Output
+from fastssl.methods.base import Method, Output, RunFacts
 from fastssl.methods.moco import Moco, MocoConfig
 
-METHODS = {"moco": (Moco, MocoConfig)}
+METHODS: dict[str, tuple[type[Method], type]] = {"moco": (Moco, MocoConfig)}
 
-__all__ = ["METHODS", "Method", "Output", "build_method"]
+__all__ = ["METHODS", "Method", "Output", "RunFacts", "build_method"]
 
 
-def build_method(settings: dict[str, Any], backbone: nn.Module, roles: dict[str, int], seed: int) -> Method:
-    """The method that `settings["name"]` names, over `backbone`; roles: view role -> count. Raises ValueError."""
+def build_method(settings: dict[str, Any], backbone: nn.Module, facts: RunFacts) -> Method:
+    """The method that `settings["name"]` names, over `backbone`. Raises ValueError."""
     from fastssl.config import convert
 
     name = settings.get("name")
     if name not in METHODS:
         raise ValueError(f"method.name is {name!r}, but must be one of {', '.join(METHODS)}")
     method_class, config_class = METHODS[name]
-    return method_class(backbone, convert(config_class, settings, "method"), roles, seed)
+    return method_class(backbone, convert(config_class, settings, "method"), facts)

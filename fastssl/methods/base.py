@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from fastssl.schedule import Clock
+
 Views = Mapping[str, Sequence[Tensor]]
 
 
@@ -20,11 +22,25 @@ class Output:
     carry: Any = None
 
 
+@dataclass(frozen=True)
+class RunFacts:
+    """What a method may know of the run it is built for.
+
+    roles   view role -> number of views
+    seed    of everything random in the method
+    clock   steps per epoch and global batch, for settings that are durations
+    """
+
+    roles: Mapping[str, int]
+    seed: int = 0
+    clock: Clock = field(default_factory=lambda: Clock(steps_per_epoch=1, batch_size=1))
+
+
 class Method(nn.Module):
     """A self-supervised method. It knows views, ranks through `dist`, and nothing of files, devices or DDP."""
 
-    #: names of buffers that every rank computes alike, which DDP must not broadcast
-    rank_equal_buffers: ClassVar[tuple[str, ...]] = ()
+    #: names of buffers that DDP must leave alone: every rank computes them alike, or they are meant to differ by rank
+    own_buffers: ClassVar[tuple[str, ...]] = ()
 
     def forward(self, views: Views, step: int) -> Output:
         """Float views (B, 3, S, S) by role, and the global step, to a loss."""
@@ -38,6 +54,17 @@ class Method(nn.Module):
         """The loss of features that know nothing, for the log; None if the method has no such level."""
         return None
 
+    def rank_state(self) -> dict[str, Tensor]:
+        """What differs by rank and has to be saved by each; such buffers are not persistent."""
+        return {}
+
+    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> str | None:
+        """At a resume: this rank's own state, or None if it was saved by another number of ranks and cannot be had.
+
+        Returns a sentence for the log if that costs something.
+        """
+        return None
+
     def before_step(self, step: int) -> None:
         """Before the forward."""
 
@@ -48,9 +75,17 @@ class Method(nn.Module):
         """After the optimiser: the place to move queues."""
 
 
-def require_roles(method: str, got: Mapping[str, int], want: Mapping[str, int]) -> None:
-    """ValueError unless the configured views are those that the method reads: role -> count."""
-    if dict(got) != dict(want):
+def require_roles(method: str, got: Mapping[str, int], want: Mapping[str, int], **at_will: int) -> None:
+    """ValueError unless the configured views are those that the method reads: role -> count.
+
+    at_will     role -> least count of roles that may have more views; 0 if the role may be missing
+    """
+    least = {role: count for role, count in at_will.items() if got.get(role, 0) >= count}
+    rest = {role: count for role, count in got.items() if role not in least}
+    if rest != dict(want) or len(least) < len(at_will):
+        reads = ", ".join(
+            [*(f"{n} {role}" for role, n in want.items()), *(f"{n} or more {r}" for r, n in at_will.items())]
+        )
         raise ValueError(
-            f"views are {dict(got)}, but method {method} reads {dict(want)}; write views.ROLE for exactly these"
+            f"views are {dict(got)}, but method {method} reads {reads}; write views.ROLE for exactly these"
         )

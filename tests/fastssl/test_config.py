@@ -11,7 +11,7 @@ ROOT = "data.root=somewhere"
 def test_moco_v2_preset_holds_the_published_recipe():
     cfg = config.load([ROOT])
     assert cfg.method | {"split_groups": 8} == {
-        "name": "moco", "dim": 128, "queue_length": 65536, "momentum": 0.999, "temperature": 0.2, "mlp": True,
+        "name": "moco", "dim": 128, "queue_length": 65536, "momentum": 0.999, "temperature": 0.2, "head": "mlp",
         "symmetric": False, "batch_norm": "shuffle", "split_groups": 8,
     }  # fmt: skip
     assert (cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.schedule) == (0.03, 0.9, 1e-4, "cosine")
@@ -23,7 +23,7 @@ def test_moco_v2_preset_holds_the_published_recipe():
 
 def test_moco_v1_preset_differs_where_the_paper_does():
     cfg = config.load(["method=moco_v1", ROOT])
-    assert (cfg.method["temperature"], cfg.method["mlp"], cfg.optim.schedule) == (0.07, False, "step")
+    assert (cfg.method["temperature"], cfg.method["head"], cfg.optim.schedule) == (0.07, "linear", "step")
     augment = cfg.view_specs()[0].augment
     assert (augment.grayscale_first, augment.jitter_p, augment.hue, augment.blur_p) == (True, 1.0, 0.4, 0.0)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastssl.methods import build_method
+from fastssl.methods import RunFacts, build_method
 from fastssl.nn.split_batchnorm import SplitBatchNorm2d, split_batchnorm_
 
 ROLES = {"query": 1, "key": 1}
@@ -29,7 +29,7 @@ class TinyBackbone(nn.Module):
 def moco(seed=0, dtype=torch.float64, **settings):
     torch.manual_seed(3)
     base = {"name": "moco", "dim": 5, "queue_length": 11, "momentum": 0.9, "split_groups": 2}
-    return build_method({**base, **settings}, TinyBackbone().to(dtype), ROLES, seed).to(dtype)
+    return build_method({**base, **settings}, TinyBackbone().to(dtype), RunFacts(ROLES, seed)).to(dtype)
 
 
 def views(step, batch=4):
@@ -82,9 +82,9 @@ def published_steps(method, steps, lr, temperature, symmetric):
     return q, k, torch.stack(list(queue)), loss
 
 
-@pytest.mark.parametrize(("mlp", "symmetric"), [(False, False), (True, False), (True, True)])
-def test_five_steps_equal_the_published_order_of_events(mlp, symmetric):
-    method = moco(mlp=mlp, symmetric=symmetric, batch_norm="plain", temperature=0.2)
+@pytest.mark.parametrize(("head", "symmetric"), [("linear", False), ("mlp", False), ("mlp", True)])
+def test_five_steps_equal_the_published_order_of_events(head, symmetric):
+    method = moco(head=head, symmetric=symmetric, batch_norm="plain", temperature=0.2)
     expected = published_steps(method, 5, lr=0.1, temperature=0.2, symmetric=symmetric)
     optimizer = torch.optim.SGD(method.encoder_q.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     output = train(method, optimizer, 5)
@@ -139,7 +139,7 @@ def test_key_encoder_follows_as_an_average_of_parameters_only():
 
 def test_shuffling_changes_companions_and_not_the_keys_own_rows():
     method = moco(batch_norm="split").eval()
-    keys = method._encode_key(views(0)["key"][0], draw=5)
+    keys = method.keys(views(0)["key"][0], draw=5)
     torch.testing.assert_close(keys, F.normalize(method.encoder_k(views(0)["key"][0]), dim=1))
 
 
@@ -189,10 +189,10 @@ def test_a_network_that_knows_nothing_scores_chance():
 
 
 def test_views_of_other_roles_are_refused_by_name():
-    with pytest.raises(ValueError, match=r"method moco reads \{'query': 1, 'key': 1\}"):
-        build_method({"name": "moco"}, TinyBackbone(), {"global": 2}, 0)
+    with pytest.raises(ValueError, match=r"method moco reads 1 query, 1 key"):
+        build_method({"name": "moco"}, TinyBackbone(), RunFacts({"global": 2}))
 
 
 def test_a_misspelt_method_setting_is_named():
     with pytest.raises(ValueError, match=r"method.temprature.*did you mean 'method.temperature'"):
-        build_method({"name": "moco", "temprature": 0.1}, TinyBackbone(), ROLES, 0)
+        build_method({"name": "moco", "temprature": 0.1}, TinyBackbone(), RunFacts(ROLES))

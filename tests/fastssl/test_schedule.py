@@ -53,7 +53,7 @@ def test_moco_v1_steps_fall_at_epochs_120_and_160():
 
 
 def test_warmup_ends_at_the_peak_and_cosine_ends_at_the_final_value():
-    config = OptimConfig(lr=1.0, warmup="10steps", final_lr=0.1, schedule_per="step")
+    config = OptimConfig(lr=1.0, warmup="10steps", warmup_lr=0.1, final_lr=0.1, schedule_per="step")
     schedule = learning_rate(config, Clock(100, 256), 100)
     assert [schedule(0), schedule(9), schedule(10)] == pytest.approx([0.1, 1.0, 1.0])
     assert schedule(99) == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 89 / 90)))

@@ -8,6 +8,7 @@ import torch
 
 from fastssl import checkpoint, config, train
 from fastssl.log import read_metrics
+from fastssl.schedule import Clock
 from tests.fastssl.runs import assert_same_state, finish, settings, start, state
 
 
@@ -109,7 +110,7 @@ def test_half_precision_trains_keeps_float32_state_and_resumes(tiny_shards, tmp_
 
 def test_an_overflowing_fp16_step_leaves_the_weights_and_lowers_the_scale(tiny_shards):
     cfg = config.load(settings(tiny_shards, "unused", "run.precision=fp16"))
-    training = train.Training.build(cfg, torch.device("cpu"))
+    training = train.Training.build(cfg, torch.device("cpu"), Clock(7, 8))
     views = {r: [torch.randn(8, 3, 32, 32)] for r in ("query", "key")}
     training.scaler.scale(torch.zeros(()))  # creates the scale lazily
     training.scaler._scale.fill_(2.0**120)

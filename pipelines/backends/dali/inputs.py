@@ -39,9 +39,11 @@ def arrays(spec: ViewSpec, draws: ViewDraws) -> Arrays:
 
 def blank_draws() -> ViewDraws:
     """One sample of 1 x 1 px to which nothing is done."""
+    no_draws = np.zeros((1, 0), dtype=np.int8)
     flag, number = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
     return ViewDraws(
         crop=np.array([[0, 0, 1, 1]], dtype=np.int32),
+        turn_deg=number,
         flip=flag,
         jitter=flag,
         order=np.arange(4, dtype=np.int8)[None],
@@ -52,6 +54,9 @@ def blank_draws() -> ViewDraws:
         grayscale=flag,
         sigma=number,
         solarize=flag,
+        strong_operation=no_draws,
+        strong_level=no_draws,
+        strong_sign=no_draws,
     )
 
 

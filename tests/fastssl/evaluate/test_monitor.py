@@ -7,7 +7,7 @@ from fastssl import checkpoint, config
 from fastssl.evaluate.main import run
 from fastssl.evaluate.monitor import KnnMonitor
 from fastssl.evaluate.settings import load
-from fastssl.methods import build_method
+from fastssl.methods import RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
 from shard_tools.manifest import Manifest, ShardError
 
@@ -29,7 +29,7 @@ def settings(root, *more):
 def method_of(cfg):
     torch.manual_seed(0)
     roles = {"query": 1, "key": 1}
-    return build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), roles, seed=0).train()
+    return build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), RunFacts(roles)).train()
 
 
 def monitor_of(cfg, method, root):
