@@ -27,7 +27,7 @@ class AugmentSpec:
     strong_draws    number of draws from the pool of strong operations (see strong.py; CLSA takes 5)
     stretch, floor  for arrays only, not photographs, instead of all the above: "log10" of the pixels, where those that
                     are not positive count as `floor`; "none" leaves the values
-    mean, std       the normalisation that a float output applies: for pixels in [0, 1], for an array's values as they are
+    mean, std       the normalisation of a float output: for pixels in [0, 1], or for an array's values as they are
     Raises ValueError naming the key, the value and the remedy.
     """
 
