@@ -11,18 +11,36 @@ from pipelines.views import ViewSpec
 
 
 @dataclass(frozen=True)
+class ConvConfig:
+    """A plain convolutional encoder for stamps of `side` px, as `nn.conv_autoencoder.ConvEncoder` describes it."""
+
+    side: int
+    layers: tuple[tuple[int, int, int], ...]
+    features: int = 128
+    activation: Literal["relu", "prelu"] = "relu"
+    squash: bool = False
+
+
+@dataclass(frozen=True)
 class EncoderConfig:
     """The backbone.
 
-    name    resnet10, resnet18, resnet34, resnet50, resnet101, resnet152, or timm/NAME for any timm model
+    name    resnet10, resnet18, resnet34, resnet50, resnet101, resnet152, timm/NAME for any timm model, or conv
     stem    "imagenet": 7x7 stride 2 and max-pool; "small": 3x3 stride 2, no pool, for about 64 px, or 32 px in a hurry;
             "cifar": 3x3 stride 1, no pool, for about 32 px
     width   multiplies the channels of every stage (resnet50 with width 2 is SwAV's RN50w2)
+    channels    of the images: 3 for photographs, the number of bands for stamps
+    conv    for name conv only: its layers
     """
 
     name: str = "resnet50"
     stem: Literal["imagenet", "small", "cifar"] = "imagenet"
     width: float = 1.0
+    channels: int = 3
+    conv: ConvConfig | None = None
+
+    def __post_init__(self) -> None:
+        require(self.channels >= 1, "encoder.channels", self.channels, "1 or more")
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,13 @@ from torch import nn
 
 from fastssl.methods.base import Method, Output, RunFacts
 from fastssl.methods.moco import Moco, MocoConfig
+from fastssl.methods.moco_decoder import Autoencoder, AutoencoderConfig, MocoDecoder, MocoDecoderConfig
 
-METHODS: dict[str, tuple[type[Method], type]] = {"moco": (Moco, MocoConfig)}
+METHODS: dict[str, tuple[type[Method], type]] = {
+    "moco": (Moco, MocoConfig),
+    "moco_decoder": (MocoDecoder, MocoDecoderConfig),
+    "autoencoder": (Autoencoder, AutoencoderConfig),
+}
 
 __all__ = ["METHODS", "Method", "Output", "RunFacts", "build_method"]
 
