@@ -21,18 +21,22 @@ from rich.table import Column
 from torch import Tensor
 
 from fastssl import dist
+from fastssl.health import HealthWatch
 from fastssl.methods.base import Output
 
 PLAIN_LINE_EVERY_S = 30.0  # without a terminal, a line at most this often
 
 
 class RunLog:
-    """The log of one run in `run_dir`, from step `start` of `total`.
+    """The log of one run in `run_dir`, from step `start` of `total`; `chance` is the method's chance level.
 
     Lines of metrics.jsonl behind `start` belong to a life that was lost after its last checkpoint; they are removed.
     """
 
-    def __init__(self, run_dir: Path, start: int, total: int, batch_size: int, every: int) -> None:
+    def __init__(
+        self, run_dir: Path, start: int, total: int, batch_size: int, every: int, chance: float | None = None
+    ) -> None:
+        self._watch = HealthWatch(chance)
         self.batch_size, self.every, self.total = batch_size, every, total
         self._sum: Tensor | None = None
         self._names: list[str] = []
@@ -86,6 +90,8 @@ class RunLog:
         }
         self.record(done, {**means, **rates})
         self._show(done, means["loss"], rates, elapsed / self._count)
+        for sentence in self._watch.look(done, means):
+            self.say(f"warning: {sentence}")
         self._sum, self._count, self._waited_s, self._window_began = None, 0, 0.0, time.perf_counter()
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(

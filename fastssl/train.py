@@ -78,7 +78,8 @@ def run(cfg: Config) -> int:
                 print(f"{run_dir} is already at step {start} of {total}; nothing to do", file=sys.stderr)
             return 0
         monitor = _knn_monitor(cfg, manifest, training)
-        log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every)
+        chance = training.method.chance_level()
+        log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every, chance)
         for line in _describe(training, manifest, loader, clock, total, lr, start):
             log.say(line)
         if lost:
@@ -347,6 +348,8 @@ def _describe(
     chance = method.chance_level()
     if chance is not None:
         yield f"a loss of {chance:.3f} is chance level; it may rise at first while the queue fills with real keys"
+    for sentence in method.advice():
+        yield f"warning: {sentence}"
     queue = cfg.method.get("queue_length", 0)
     if queue >= manifest.num_samples:
         yield (
