@@ -2,7 +2,10 @@
 
 Wang and Qi, arXiv:2104.07713 (section 3.2), with the magnitudes of the authors' code, which are FixMatch's list
 (Sohn et al., arXiv:2001.07685) under RandAugment (Cubuk et al., arXiv:1909.13719): an operation is drawn uniformly with
-replacement, a level v uniformly from 1..9, and the operation is applied with probability one half. Pillow's semantics.
+replacement, a level v uniformly from 1..9, and the operation is applied with probability one half. Pillow's semantics;
+the geometric operations take the nearest pixel, black outside the image, and go either way with the same probability.
+
+Places (x, y) are those of pixel centres, in px from the upper left corner of the image.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ def posterize_bits(level: int) -> int:
 
 
 def rotate_deg(level: int, sign: int) -> float:
-    """Counter-clockwise, about the centre."""
+    """Counter-clockwise, about the centre of the image."""
     return float(3 * level * sign)
 
 

@@ -2,6 +2,8 @@
 
 Pillow decodes, crops and resizes; the colour operations and the blur are done in NumPy, which gives Pillow's numbers in
 less time (see colour.py). Everything that takes long releases the GIL, so a pool of threads serves large images well.
+The strong draws are Pillow's again, image by image, as each image has operations of its own; five draws take about a
+tenth of the time of their view, and half of that holds the GIL.
 """
 
 from __future__ import annotations
@@ -15,9 +17,10 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from torch import Tensor
 
+from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import DecodeError, Job, colour
 from pipelines.draw import ViewDraws
@@ -78,6 +81,7 @@ class ExactBackend:
         for view, spec in enumerate(self._specs):
             _augment(planes[view], spec.augment, job.draws[view], part)
             _interleave(planes[view], job.draws[view].flip[part], pixels[view][part])
+            _apply_strong(pixels[view][part], job.draws[view], part)
 
 
 def _decode(job: Job, i: int) -> Image.Image:
@@ -115,7 +119,7 @@ def _center_crop(image: Image.Image, spec: ViewSpec) -> Image.Image:
 
 
 def _augment(planes: colour.Planes, augment: AugmentSpec, draws: ViewDraws, part: slice) -> None:
-    """The chain of `AugmentSpec` without the flip, in place on the planes (3, n, S, S) of the samples `part`."""
+    """The chain of `AugmentSpec` up to the flip, in place on the planes (3, n, S, S) of the samples `part`."""
     if augment.grayscale_first:
         _apply(_grayscale, draws.grayscale[part], planes)
     operations: list[tuple[float, Callable[..., colour.Planes], npt.NDArray[np.float32]]] = [
@@ -160,3 +164,41 @@ def _interleave(planes: colour.Planes, flip: npt.NDArray[np.bool_], pixels: Pixe
         planes[:, i] = planes[:, i, :, ::-1]
     for channel in range(3):
         pixels[..., channel] = planes[channel]
+
+
+def _apply_strong(pixels: Pixels, draws: ViewDraws, part: slice) -> None:
+    """The strong draws of the samples `part`, one after another, in place on their pixels (n, S, S, 3)."""
+    operations, levels, signs = draws.strong_operation[part], draws.strong_level[part], draws.strong_sign[part]
+    for i in (operations >= 0).any(axis=1).nonzero()[0].tolist():
+        image = Image.fromarray(pixels[i])
+        for operation, level, sign in zip(operations[i].tolist(), levels[i].tolist(), signs[i].tolist()):
+            if operation >= 0:
+                image = _STRONG[strong.POOL[operation]](image, level, sign)
+        pixels[i] = np.asarray(image)
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    """The centre (x, y) of an output pixel shows the input pixel around (a x + b y + c, d x + e y + f), or black."""
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+
+_STRONG: dict[str, Callable[[Image.Image, int, int], Image.Image]] = {  # (image, level, sign)
+    "auto_contrast": lambda image, level, sign: ImageOps.autocontrast(image),
+    "brightness": lambda image, level, sign: ImageEnhance.Brightness(image).enhance(strong.enhance_factor(level)),
+    "saturation": lambda image, level, sign: ImageEnhance.Color(image).enhance(strong.enhance_factor(level)),
+    "contrast": lambda image, level, sign: ImageEnhance.Contrast(image).enhance(strong.enhance_factor(level)),
+    "equalize": lambda image, level, sign: ImageOps.equalize(image),
+    "identity": lambda image, level, sign: image,
+    "posterize": lambda image, level, sign: ImageOps.posterize(image, strong.posterize_bits(level)),
+    "rotate": lambda image, level, sign: image.rotate(strong.rotate_deg(level, sign)),
+    "sharpness": lambda image, level, sign: ImageEnhance.Sharpness(image).enhance(strong.enhance_factor(level)),
+    "shear_x": lambda image, level, sign: _affine(image, 1, strong.shear(level, sign), 0, 0, 1, 0),
+    "shear_y": lambda image, level, sign: _affine(image, 1, 0, 0, strong.shear(level, sign), 1, 0),
+    "solarize": lambda image, level, sign: ImageOps.solarize(image, strong.solarize_threshold(level)),
+    "translate_x": lambda image, level, sign: _affine(
+        image, 1, 0, strong.translate_px(level, sign, image.width), 0, 1, 0
+    ),
+    "translate_y": lambda image, level, sign: _affine(
+        image, 1, 0, 0, 0, 1, strong.translate_px(level, sign, image.height)
+    ),
+}

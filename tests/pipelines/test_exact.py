@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,7 +38,16 @@ ALL = AugmentSpec(
     solarize_threshold=100,
 )
 NO_HUE = AugmentSpec(jitter_p=1.0, brightness=0.4)  # a hue of strength 0 must not even go through HSV
-CHAINS = {"moco_v1": MOCO_V1, "moco_v2": MOCO_V2, "swav": SWAV, "all": ALL, "no hue": NO_HUE, "flip": AugmentSpec()}
+CLSA = replace(MOCO_V2, strong_draws=5)
+CHAINS = {
+    "moco_v1": MOCO_V1,
+    "moco_v2": MOCO_V2,
+    "swav": SWAV,
+    "clsa": CLSA,
+    "all": ALL,
+    "no hue": NO_HUE,
+    "flip": AugmentSpec(),
+}
 
 
 def planes_of(images: list[Image.Image]) -> np.ndarray:
@@ -190,7 +200,7 @@ def test_float_output_is_normalised_as_torchvision_does(output, tolerance, tiny_
 
 def test_pixels_do_not_depend_on_threads(tiny_files):
     files = [payload for _, payload in tiny_files]
-    specs = [ViewSpec("query", 32, count=2, augment=ALL)]
+    specs = [ViewSpec("query", 32, count=2, augment=replace(ALL, strong_draws=2))]
     _, reference = render(files, specs, threads=1)
     for threads in (2, 5, 64):
         _, views = render(files, specs, threads=threads)
