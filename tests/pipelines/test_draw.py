@@ -15,7 +15,7 @@ from scipy import stats
 from pipelines.augment import AugmentSpec
 from pipelines.draw import ViewDraws, draw_view
 from pipelines.philox import check_seed, philox
-from pipelines.views import ViewSpec
+from pipelines.views import ViewSpec, flatten
 
 STRONG = AugmentSpec(
     jitter_p=0.8,
@@ -30,6 +30,8 @@ STRONG = AugmentSpec(
     flip_p=0.5,
 )
 VIEW = ViewSpec("query", 224, augment=STRONG)
+CLSA = ViewSpec("strong", 96, augment=dataclasses.replace(STRONG, strong_draws=5))
+STAMP = ViewSpec("query", 61, crop="turned", turn_deg=90.0, shift_px=4)
 ALPHA = 1e-4  # seeds are fixed, so a failure is a change of the code and not bad luck
 
 # draw_view(VIEW, 1, 2**33 + 7, 12, [0, 2], [500, 375], [375, 500]) when it was written.
@@ -39,6 +41,12 @@ GOLDEN_BRIGHTNESS = [1.0673966, 1.1916691]
 GOLDEN_HUE = [-0.08698361, 0.02005655]
 GOLDEN_SIGMA = [0.0, 1.1019034]
 GOLDEN_FLAGS = [[True, True], [True, True], [False, False], [True, True]]
+# The same of CLSA and of STAMP.
+GOLDEN_OPERATION = [[5, -1, 9, 13, 12], [-1, 9, -1, 5, 12]]
+GOLDEN_LEVEL = [[1, 5, 7, 4, 5], [4, 3, 6, 8, 5]]
+GOLDEN_SIGN = [[1, -1, -1, -1, -1], [-1, 1, 1, 1, 1]]
+GOLDEN_TURN_DEG = [41.730751, 19.606838]
+GOLDEN_WINDOW = [[154, 220, 61, 61], [217, 157, 61, 61]]
 
 
 def scalar_philox(key: tuple[int, int], counter: tuple[int, int, int, int]) -> tuple[int, int, int, int]:
@@ -233,10 +241,11 @@ def equal_rows(a: ViewDraws, b: ViewDraws, rows_a: np.ndarray, rows_b: np.ndarra
 @settings(max_examples=50, deadline=None)
 def test_the_draws_of_a_sample_do_not_depend_on_its_batch(ids, seed):
     sizes = np.array([(40 + i % 7, 50 + i % 11) for i in ids])
-    together = draw_view(VIEW, 1, seed, 4, ids, sizes[:, 0], sizes[:, 1])
-    for place, (sample, (width, height)) in enumerate(zip(ids, sizes)):
-        alone = draw_view(VIEW, 1, seed, 4, [sample], [width], [height])
-        assert equal_rows(together, alone, np.array([place]), np.array([0]))
+    for spec in (CLSA, STAMP):
+        together = draw_view(spec, 1, seed, 4, ids, sizes[:, 0], sizes[:, 1])
+        for place, (sample, (width, height)) in enumerate(zip(ids, sizes)):
+            alone = draw_view(spec, 1, seed, 4, [sample], [width], [height])
+            assert equal_rows(together, alone, np.array([place]), np.array([0]))
 
 
 @pytest.mark.parametrize("change", [{"view": 1}, {"seed": 6}, {"epoch": 4}, {"seed": 5 + 2**40}])
@@ -255,6 +264,140 @@ def test_the_numbers_of_one_draw_are_uncorrelated():
     # Top and left are correlated by the size of the crop, as in torchvision.
     correlation[9, 10] = correlation[10, 9] = 0
     assert abs(correlation - np.eye(len(columns))).max() < 0.03
+
+
+def assert_equally_frequent(numbers: np.ndarray, choices: range) -> None:
+    counts = np.bincount(numbers - choices[0], minlength=len(choices))
+    assert len(counts) == len(choices)
+    assert stats.chisquare(counts).pvalue > ALPHA
+
+
+def test_strong_draws_are_uniform_over_the_pool_the_levels_and_the_signs():
+    draws = draws_of(CLSA)
+    applied = draws.strong_operation >= 0
+    assert applied.shape == (20_000, 5)
+    for draw in range(5):
+        assert_share(applied[:, draw], 0.5)
+        assert_equally_frequent(draws.strong_operation[applied[:, draw], draw], range(14))
+        assert_equally_frequent(draws.strong_level[:, draw], range(1, 10))
+        assert_share(draws.strong_sign[:, draw] == 1, 0.5)
+    assert set(np.unique(draws.strong_sign)) == {-1, 1}
+
+
+def test_strong_draws_are_made_with_replacement():
+    """Two draws that are both applied agree in one of fourteen."""
+    operation = draws_of(CLSA).strong_operation
+    both = (operation[:, 0] >= 0) & (operation[:, 1] >= 0)
+    assert_share(operation[both, 0] == operation[both, 1], 1 / 14)
+
+
+@pytest.mark.parametrize("change", [{}, {"view": 1}, {"seed": 6}, {"epoch": 4}])
+def test_strong_draws_are_independent_of_each_other_and_differ_by_view_seed_and_epoch(change):
+    """The first draws of one view with the second of the same view, or with the first of another."""
+    one, other, second = draws_of(CLSA), draws_of(CLSA, **change), int(not change)
+    assert_share((one.strong_operation[:, 0] >= 0) ^ (other.strong_operation[:, second] >= 0), 0.5)
+    assert_share(one.strong_level[:, 0] == other.strong_level[:, second], 1 / 9)
+    assert_share(one.strong_sign[:, 0] == other.strong_sign[:, second], 0.5)
+    both = (one.strong_operation[:, 0] >= 0) & (other.strong_operation[:, second] >= 0)
+    assert_share(one.strong_operation[both, 0] == other.strong_operation[both, second], 1 / 14)
+
+
+def test_neighbouring_samples_draw_independently():
+    draws = draws_of(CLSA)
+    for numbers in (draws.strong_operation[:, 0], draws.strong_level[:, 0], draws.strong_sign[:, 0], draws.hue):
+        assert abs(stats.pearsonr(numbers[:-1], numbers[1:]).statistic) < 0.03  # 4 sigma of 20,000
+
+
+def test_the_parts_of_a_strong_draw_are_uncorrelated_with_each_other_and_with_the_rest():
+    draws = draws_of(CLSA)
+    applied = draws.strong_operation[:, 0] >= 0
+    columns = [draws.strong_operation[:, 0], draws.strong_level[:, 0], draws.strong_sign[:, 0], draws.brightness]
+    columns += [draws.hue, draws.sigma, draws.flip, draws.crop[:, 0], draws.crop[:, 2], draws.strong_level[:, 1]]
+    correlation = np.corrcoef(np.stack([column[applied].astype(float) for column in columns]))
+    correlation[7, 8] = correlation[8, 7] = 0  # top and height
+    assert abs(correlation - np.eye(len(columns))).max() < 0.04  # 4 sigma of 10,000
+    assert abs(stats.pearsonr(applied, draws.strong_level[:, 0]).statistic) < 0.03
+
+
+def test_strong_draws_change_no_other_draw_and_more_of_them_change_no_earlier_one():
+    """They have blocks of their own."""
+    without, three, sixteen = (
+        draws_of(dataclasses.replace(CLSA, augment=dataclasses.replace(STRONG, strong_draws=num)), 500)
+        for num in (0, 3, 16)
+    )
+    for field in dataclasses.fields(ViewDraws):
+        few, many = getattr(three, field.name), getattr(sixteen, field.name)
+        if field.name.startswith("strong_"):
+            assert getattr(without, field.name).shape == (500, 0)
+            assert_array_equal(few, many[:, :3])
+        else:
+            assert_array_equal(getattr(without, field.name), many)
+
+
+def test_a_turn_is_uniform_and_only_for_turned_views():
+    assert_uniform(draws_of(STAMP).turn_deg, -90, 90)
+    assert_uniform(draws_of(dataclasses.replace(STAMP, turn_deg=180.0)).turn_deg, -180, 180)
+    assert_array_equal(draws_of(dataclasses.replace(STAMP, turn_deg=0.0), 50).turn_deg, np.float32(0))
+    assert_array_equal(draws_of(VIEW, 50).turn_deg, np.float32(0))
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "top", "left"), [(97, 121, 30, 18), (98, 98, 18, 18), (61, 61, 0, 0), (60, 61, 0, -1)]
+)
+def test_a_turned_view_is_a_window_around_the_centre_shifted_by_whole_px(width, height, top, left):
+    """Every offset -4..4 equally often on each axis; where sides differ by an odd number, half a pixel up and left."""
+    num = 20_000
+    crop = draw_view(STAMP, 0, 5, 3, np.arange(num), np.full(num, width), np.full(num, height)).crop
+    assert (crop[:, 2:] == 61).all()
+    rows, columns = crop[:, 0] - top, crop[:, 1] - left
+    assert_equally_frequent(rows, range(-4, 5))
+    assert_equally_frequent(columns, range(-4, 5))
+    assert_equally_frequent((rows + 4) * 9 + columns + 4, range(81))  # and independently
+
+
+def test_a_turned_view_without_a_shift_is_the_central_window():
+    crop = draws_of(dataclasses.replace(STAMP, shift_px=0), 50).crop
+    assert_array_equal(crop, np.tile([(375 - 61) // 2, (500 - 61) // 2, 61, 61], (50, 1)))
+
+
+def test_same_as_repeats_the_draws_of_the_other_roles_first_view():
+    specs = [
+        ViewSpec("key", 32),
+        dataclasses.replace(STAMP, count=2),
+        dataclasses.replace(STAMP, role="weight", shows="positive", same_as="query"),
+        dataclasses.replace(STAMP, role="own"),
+    ]
+    numbered = flatten(specs)
+    assert [(view, spec.role) for view, spec in numbered] == [
+        (0, "key"), (1, "query"), (2, "query"), (1, "weight"), (4, "own")
+    ]  # fmt: skip
+    first, second, weight, own = (draws_of(spec, 200, view=view) for view, spec in numbered[1:])
+    everything = np.arange(200)
+    assert equal_rows(first, weight, everything, everything)
+    for other in (second, own):
+        assert (first.turn_deg != other.turn_deg).mean() > 0.99
+        assert (first.crop != other.crop).any(axis=1).mean() > 0.9
+
+
+def test_strong_draws_read_their_blocks_as_written():
+    """Draw d reads block 16 + d: operation, level, sign, application."""
+    draws = draw_view(CLSA, 3, 9, 2, [7, 8], [50, 50], [40, 40])
+    for i, sample in enumerate((7, 8)):
+        for draw in range(5):
+            words = [word / 2**32 for word in scalar_philox((9, 0), (16 + draw, 3, sample, 2))]
+            assert draws.strong_operation[i, draw] == (int(words[0] * 14) if words[3] < 0.5 else -1)
+            assert draws.strong_level[i, draw] == 1 + int(words[1] * 9)
+            assert draws.strong_sign[i, draw] == (-1 if words[2] < 0.5 else 1)
+
+
+def test_strong_draws_and_turned_windows_are_what_they_were_when_they_came():
+    draws = draw_view(CLSA, 1, 2**33 + 7, 12, [0, 2], [500, 375], [375, 500])
+    assert draws.strong_operation.tolist() == GOLDEN_OPERATION
+    assert draws.strong_level.tolist() == GOLDEN_LEVEL
+    assert draws.strong_sign.tolist() == GOLDEN_SIGN
+    draws = draw_view(STAMP, 1, 2**33 + 7, 12, [0, 2], [500, 375], [375, 500])
+    assert draws.turn_deg.tolist() == pytest.approx(GOLDEN_TURN_DEG, abs=1e-5)
+    assert draws.crop.tolist() == GOLDEN_WINDOW
 
 
 def test_draws_are_what_they_were_in_version_1():
