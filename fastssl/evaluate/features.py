@@ -178,10 +178,10 @@ class Frozen:
 class RawPixels(nn.Module):
     """The baseline of no network at all: the image at `side` x `side` px, flattened."""
 
-    def __init__(self, side: int = 16) -> None:
+    def __init__(self, side: int = 16, channels: int = 3) -> None:
         super().__init__()
         self.side = side
-        self.num_features = 3 * side * side
+        self.num_features = channels * side * side
 
     def forward(self, images: Tensor) -> Tensor:
         size = (self.side, self.side)

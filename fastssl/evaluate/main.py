@@ -16,10 +16,18 @@ from rich.progress import track
 from rich.table import Table
 
 from fastssl import __version__, config, dist
+from fastssl.evaluate import placement
 from fastssl.evaluate.features import Features, features_of, width_of
 from fastssl.evaluate.knn import knn
 from fastssl.evaluate.linear import sweep, train_linear
-from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, ProtocolSettings, SweepSettings, load
+from fastssl.evaluate.settings import (
+    EvaluateConfig,
+    KnnSettings,
+    PlacementSettings,
+    ProtocolSettings,
+    SweepSettings,
+    load,
+)
 from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.subject import Subject, load_subject
 from fastssl.settings import require
@@ -37,6 +45,7 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=knn            weighted nearest neighbours: evaluator.k=[20] evaluator.temperature=[0.07]
   evaluator=knn_moco_cifar the same with k 200 and temperature 0.1
   evaluator=linear         features once, a sweep of learning rates and weight decays, chosen by held-out train data
+  evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
   evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav: SwAV's
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0
@@ -78,13 +87,18 @@ def run(cfg: EvaluateConfig) -> dict[str, float]:
     device = dist.setup(cfg.run.device)
     if device.type == "cpu":
         torch.set_num_threads(available_cores())  # torchrun leaves each rank one
-    train, test = train_and_test(cfg.data.root, cfg.data.split, cfg.data.test_root, cfg.data.test_split)
+    settings = cfg.evaluator_settings()
+    if isinstance(settings, PlacementSettings):
+        train = test = Manifest.load(cfg.data.root, cfg.data.split)
+    else:
+        train, test = train_and_test(cfg.data.root, cfg.data.split, cfg.data.test_root, cfg.data.test_split)
     subject = load_subject(cfg)
     subject.backbone.to(device).to(memory_format=torch.channels_last)
     task = Task(cfg, subject, train, test, device)
-    settings = cfg.evaluator_settings()
     if isinstance(settings, KnnSettings):
         report = _knn(task, settings)
+    elif isinstance(settings, PlacementSettings):
+        report = _placement(task, settings)
     elif isinstance(settings, SweepSettings):
         report = _sweep(task, settings)
     else:
@@ -109,7 +123,9 @@ class Task:
     def num_classes(self) -> int:
         return len(self.train.classes or ())
 
-    def features(self, manifest: Manifest) -> Features:
+    def features(self, manifest: Manifest, backbone: torch.nn.Module | None = None) -> Features:
+        """Of `backbone`, the subject's own by default."""
+
         def show(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
             if dist.rank() or not sys.stderr.isatty():
                 return batches
@@ -117,7 +133,8 @@ class Task:
             return track(batches, f"features of {manifest.split}", total=total, console=console, transient=True)
 
         return features_of(
-            self.subject.backbone, manifest, self.subject.view, device=self.device, precision=self.cfg.run.precision,
+            backbone or self.subject.backbone, manifest, self.subject.view, device=self.device,
+            precision=self.cfg.run.precision,
             batch_size=self.cfg.run.batch_size, loader=self.cfg.loader, limit=self.cfg.data.limit, show=show,
         )  # fmt: skip
 
@@ -153,6 +170,39 @@ def _knn(task: Task, settings: KnnSettings) -> Report:
         ("k", "t", "top-1", "top-5"),
         [(str(r.k), f"{r.temperature:g}", _percent(r.top1), _percent(r.top5)) for r in results],
         {"results": [dataclasses.asdict(r) for r in results]},
+    )
+
+
+def _placement(task: Task, settings: PlacementSettings) -> Report:
+    codes = task.features(task.train).features
+    placed = {}
+    for name, dims in placement.MIRRORINGS.items():
+        mirrored = task.features(task.train, placement.Mirrored(task.subject.backbone, dims))
+        placed[name] = placement.placements(codes, mirrored.features, settings.metric)
+    summaries = {name: placement.Placed(ranks).summary() for name, ranks in placed.items()}
+    summaries["all"] = placement.Placed(torch.cat(list(placed.values()))).summary()
+    path = _result_path(task.cfg, settings.name, task.subject)
+    if settings.picture and path is not None and dist.rank() == 0:
+        placement.draw_histogram(placed, len(codes), path.with_suffix(".png"), task.subject.label)
+    view = task.subject.view
+    return Report(
+        {f"placement/{key}": value for key, value in summaries["all"].items()},
+        f"placement of mirrored copies by {settings.metric} distance among {len(codes):,} images of "
+        f"{task.train.split}, 1 is nearest; {codes.shape[1]} features of {task.subject.label}, "
+        f"{task.cfg.run.precision}, {view.size} px",
+        ("mirrored", "in first place", "median", "mean", "max", "mean 1/rank"),
+        [
+            (
+                n.replace("_", "-"),
+                _percent(s["first"]),
+                f"{s['median']:g}",
+                f"{s['mean']:.1f}",
+                f"{s['max']:g}",
+                f"{s['mrr']:.4f}",
+            )
+            for n, s in summaries.items()
+        ],
+        {"mirrorings": summaries},
     )
 
 

@@ -28,8 +28,10 @@ class KnnMonitor:
         except ShardError as error:
             raise ShardError(f"{error}; or turn the kNN monitor off with knn.every=never") from error
         self.cfg, self.train, self.method, self.device = cfg, train, method, device
-        size, resize = crop_sizes(cfg.knn.view_size, cfg.knn.view_resize, next(iter(cfg.views.values())).size)
-        self.view = center_view(size, resize, cfg.data.mean, cfg.data.std)
+        trained = next(iter(cfg.views.values()))
+        size, resize = crop_sizes(cfg.knn.view_size, cfg.knn.view_resize, trained.size)
+        augment = {**cfg.augment, **trained.augment}
+        self.view = center_view(size, resize, cfg.data.mean, cfg.data.std, trained.crop, augment)
 
     def __call__(self) -> dict[str, float]:
         bank, queries = (

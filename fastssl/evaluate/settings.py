@@ -66,8 +66,20 @@ class ProtocolSettings(LinearProtocol):
         _require_training(self)
 
 
-EVALUATORS: dict[str, type[KnnSettings] | type[SweepSettings] | type[ProtocolSettings]] = {
+@dataclass(frozen=True)
+class PlacementSettings:
+    """picture: a histogram beside the result file."""
+
+    name: Literal["placement"]
+    metric: Literal["l1", "l2", "cosine"] = "l1"
+    picture: bool = True
+
+
+Settings = KnnSettings | SweepSettings | ProtocolSettings | PlacementSettings
+
+EVALUATORS: dict[str, type[Settings]] = {
     "knn": KnnSettings,
+    "placement": PlacementSettings,
     "linear": SweepSettings,
     "linear_moco": ProtocolSettings,
     "linear_swav": ProtocolSettings,
@@ -83,8 +95,8 @@ class EvaluateData:
     test_root: str = ""
     test_split: str = ""
     limit: int = 0
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         require(self.limit >= 0, "data.limit", self.limit, "0 (all images) or more")
@@ -129,7 +141,7 @@ class EvaluateConfig:
     run: EvaluateRun = field(default_factory=EvaluateRun)
     eval: EvaluateOut = field(default_factory=EvaluateOut)
 
-    def evaluator_settings(self) -> KnnSettings | SweepSettings | ProtocolSettings:
+    def evaluator_settings(self) -> Settings:
         """The checked settings of the evaluator. Raises ValueError with key and remedy."""
         name = str(self.evaluator.get("name"))
         require(name in EVALUATORS, "evaluator.name", name, f"one of {', '.join(EVALUATORS)}")

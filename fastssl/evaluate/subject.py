@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def load_subject(cfg: EvaluateConfig) -> Subject:
     """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint or it does not fit."""
     like = checkpoint.load_meta(checkpoint.find(_folder(cfg.like)))["config"] if cfg.like else {}
     if cfg.checkpoint == "pixels":
-        return Subject(RawPixels().eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, like))
+        channels = (like.get("encoder") or dataclasses.asdict(cfg.encoder)).get("channels", 3)
+        return Subject(RawPixels(channels=channels).eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, like))
     if cfg.checkpoint == "random":
         encoder = like.get("encoder") or dataclasses.asdict(cfg.encoder)
         with torch.random.fork_rng(devices=[]):
@@ -53,18 +55,32 @@ def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
     """The centre crop of `cfg`; what it leaves open is taken from the settings of a training run, {} for none."""
     monitor = trained.get("knn", {})
     data = trained.get("data", {})
+    views = trained.get("views", {})
     size, resize = crop_sizes(
         cfg.view.size or monitor.get("view_size", 0),
         cfg.view.resize or monitor.get("view_resize", 0),
-        first_view_px(trained.get("views", {})),
+        first_view_px(views),
     )
     mean = cfg.data.mean or tuple(data.get("mean", IMAGENET_MEAN))
     std = cfg.data.std or tuple(data.get("std", IMAGENET_STD))
-    return center_view(size, resize, mean, std)
+    view: Mapping[str, Any] = next(iter(views.values()), {})
+    augment = {**trained.get("augment", {}), **view.get("augment", {})}
+    return center_view(size, resize, mean, std, str(view.get("crop", "")), augment)
 
 
-def center_view(size: int, resize: int, mean: tuple[float, ...], std: tuple[float, ...]) -> ViewSpec:
-    """A view without any chance in it."""
+def center_view(
+    size: int,
+    resize: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    trained_crop: str = "",
+    trained_augment: Mapping[str, Any] | None = None,
+) -> ViewSpec:
+    """A view without any chance in it. Stamps, which are trained on turned crops, keep their scale and stretch."""
+    if trained_crop == "turned":
+        stretch = {key: value for key, value in (trained_augment or {}).items() if key in ("stretch", "floor")}
+        augment = AugmentSpec(flip_p=0.0, mean=mean, std=std, **stretch)
+        return ViewSpec(role="test", size=size, crop="turned", turn_deg=0.0, shift_px=0, augment=augment)
     augment = AugmentSpec(flip_p=0.0, mean=mean, std=std)
     return ViewSpec(role="test", size=size, crop="center", resize=resize, augment=augment)
 
