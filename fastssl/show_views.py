@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastssl import config
 from fastssl.settings import require
-from pipelines import backends
+from pipelines import backends, strong
 from pipelines.draw import ViewDraws, draw_view
 from pipelines.reader import Reader
 from pipelines.views import ViewSpec, flatten
@@ -38,9 +38,12 @@ exit codes: 0 done, 2 a setting or the data is wrong
 """
 
 OWN = ("views.ids", "views.epoch", "views.out")
-COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf", "#bcbd22", "#e377c2")
+COLOURS = (  # as many as CLSA has views
+    "#d62728", "#1f77b4", "#2ca02c", "#ff7f0e", "#9467bd", "#17becf",
+    "#bcbd22", "#e377c2", "#8c564b", "#7f7f7f", "#000080",
+)  # fmt: skip
 CELL_PX = 112  # views smaller than this are enlarged by a whole factor, so that their pixels stay visible as they are
-GAP_PX, TITLE_PX, LABEL_PX = 8, 34, 96
+GAP_PX, TITLE_PX, LABEL_PX, LINE_PX = 8, 34, 96, 14
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,21 @@ def render(
 
 
 def draw_grid(rendered: Rendered, names: Sequence[str], caption: str = "") -> Image.Image:
-    """One row a sample: its name, the original with every crop outlined in its view's colour, then the views."""
+    """One row a sample: its name, the original with every crop outlined in its view's colour, then the views.
+
+    Below a view stand its strong operations in their order, one a line.
+    """
     factor = max(1, math.ceil(CELL_PX / max(spec.size for spec in rendered.specs)))
     cell = max(factor * spec.size for spec in rendered.specs)
     widths = [cell, *(max(factor * spec.size, CELL_PX) for spec in rendered.specs)]
     lefts = [LABEL_PX + sum(widths[:i]) + GAP_PX * i for i in range(len(widths))]
-    size = (lefts[-1] + widths[-1] + GAP_PX, TITLE_PX + len(names) * (cell + GAP_PX))
-    picture = Image.new("RGB", size, "white")
+    strong_lines = [
+        [_strong_lines(rendered, view, b) for view in range(len(rendered.specs))] for b in range(len(names))
+    ]
+    sides = [factor * spec.size for spec in rendered.specs]
+    heights = [max(cell, *(s + LINE_PX * len(below) for s, below in zip(sides, row))) for row in strong_lines]
+    tops = [TITLE_PX + sum(heights[:b]) + GAP_PX * b for b in range(len(names))]
+    picture = Image.new("RGB", (lefts[-1] + widths[-1] + GAP_PX, tops[-1] + heights[-1] + GAP_PX), "white")
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(12)
 
@@ -132,14 +143,36 @@ def draw_grid(rendered: Rendered, names: Sequence[str], caption: str = "") -> Im
     for view, spec in enumerate(rendered.specs):
         pen.text((lefts[view + 1], 4), _title(rendered.specs, view), "black", font)
         pen.text((lefts[view + 1], 18), f"{spec.size} px", COLOURS[view % len(COLOURS)], font)
-    for b, name in enumerate(names):
-        top = TITLE_PX + b * (cell + GAP_PX)
+    for b, (name, top) in enumerate(zip(names, tops)):
         pen.multiline_text((GAP_PX, top), name, "black", font)
         picture.paste(_with_crops(rendered, b, cell), (lefts[0], top))
-        for view, images in enumerate(rendered.views):
-            side = factor * images[b].width
-            picture.paste(images[b].resize((side, side), Image.Resampling.NEAREST), (lefts[view + 1], top))
+        for view, (images, side, left) in enumerate(zip(rendered.views, sides, lefts[1:])):
+            picture.paste(images[b].resize((side, side), Image.Resampling.NEAREST), (left, top))
+            for line, text in enumerate(strong_lines[b][view]):
+                pen.text((left, top + side + line * LINE_PX), text, "black", font)
     return picture
+
+
+def _strong_lines(rendered: Rendered, view: int, b: int) -> list[str]:
+    """The strong operations that were applied, such as `rotate -12°`; directions are those of `pipelines.strong`."""
+    draws, size = rendered.draws[view], rendered.specs[view].size
+    drawn = zip(draws.strong_operation[b].tolist(), draws.strong_level[b].tolist(), draws.strong_sign[b].tolist())
+    return [_strong_line(strong.POOL[place], level, sign, size) for place, level, sign in drawn if place >= 0]
+
+
+def _strong_line(name: str, level: int, sign: int, size: int) -> str:
+    amounts = {
+        "posterize": f" {strong.posterize_bits(level)} bits",
+        "rotate": f" {strong.rotate_deg(level, sign):+.0f}°",
+        "shear_x": f" {strong.shear(level, sign):+.2f}",
+        "shear_y": f" {strong.shear(level, sign):+.2f}",
+        "solarize": f" {strong.solarize_threshold(level)}",
+        "translate_x": f" {strong.translate_px(level, sign, size):+d} px",
+        "translate_y": f" {strong.translate_px(level, sign, size):+d} px",
+    }
+    if name in ("brightness", "saturation", "contrast", "sharpness"):
+        amounts[name] = f" {strong.enhance_factor(level):.2f}"
+    return name.replace("_", " ") + amounts.get(name, "")
 
 
 def _with_crops(rendered: Rendered, b: int, cell: int) -> Image.Image:
@@ -157,9 +190,10 @@ def _with_crops(rendered: Rendered, b: int, cell: int) -> Image.Image:
 
 
 def _title(specs: Sequence[ViewSpec], view: int) -> str:
-    """The view's role, numbered from 1 where the role has several views."""
-    spec = specs[view]
-    return spec.role if spec.count == 1 else f"{spec.role} {specs[: view + 1].count(spec)}"
+    """The view's role, numbered from 1 through all its sizes where the role has several views. `specs`: one a view."""
+    roles = [spec.role for spec in specs]
+    role = roles[view]
+    return role if roles.count(role) == 1 else f"{role} {roles[: view + 1].count(role)}"
 
 
 def _read(manifest: Manifest, rows: np.ndarray) -> list[bytes]:
