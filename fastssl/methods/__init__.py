@@ -7,11 +7,13 @@ from typing import Any
 from torch import nn
 
 from fastssl.methods.base import Method, Output, RunFacts
+from fastssl.methods.clsa import Clsa, ClsaConfig
 from fastssl.methods.moco import Moco, MocoConfig
 from fastssl.methods.moco_decoder import Autoencoder, AutoencoderConfig, MocoDecoder, MocoDecoderConfig
 
 METHODS: dict[str, tuple[type[Method], type]] = {
     "moco": (Moco, MocoConfig),
+    "clsa": (Clsa, ClsaConfig),
     "moco_decoder": (MocoDecoder, MocoDecoderConfig),
     "autoencoder": (Autoencoder, AutoencoderConfig),
 }

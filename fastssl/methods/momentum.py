@@ -102,20 +102,33 @@ class MomentumMethod(Method):
 
         draw    number of the shuffle; equal on all ranks
         """
-        if self.batch_norm not in ("shuffle", "split"):
-            return unit_rows(self.encoder_k(view))
+        keys, shared = self._shuffled_keys(view, draw)
+        return keys.view(dist.world(), -1, keys.shape[1])[dist.rank()] if shared else keys
+
+    @torch.no_grad()
+    def keys_of_all_ranks(self, view: Tensor, draw: int) -> Tensor:
+        """(W * B, C) the same of all ranks in rank order, gathered once."""
+        keys, shared = self._shuffled_keys(view, draw)
+        return keys if shared else dist.all_gather(keys)
+
+    def shuffle(self, batch: int, draw: int, device: torch.device) -> tuple[Tensor, bool]:
+        """The order of shuffle `draw`, and whether it goes over all ranks (W * B images) or within this one (B)."""
         shared = self.batch_norm == "shuffle" and dist.world() > 1
-        images = dist.all_gather(view) if shared else view
-        order = dist.permutation(len(images), self.seed, draw).to(view.device)
-        mine = order.view(dist.world(), -1)[dist.rank()] if shared else order
-        keys = unit_rows(self.encoder_k(images[mine].contiguous(memory_format=_memory_format(view))))
-        return self.in_order(keys, order, shared)
+        return dist.permutation(batch * (dist.world() if shared else 1), self.seed, draw).to(device), shared
 
     def in_order(self, keys: Tensor, order: Tensor, shared: bool) -> Tensor:
-        """Undo a shuffle: rows `order` of the (joined) batch back to their own places, this rank's part of them."""
-        keys = dist.all_gather(keys) if shared else keys
-        keys = keys[order.argsort()]
-        return keys.view(dist.world(), -1, keys.shape[1])[dist.rank()] if shared else keys
+        """Undo a shuffle: rows `order` of the batch, or of all ranks' if it is shared, back to their own places."""
+        return (dist.all_gather(keys) if shared else keys)[order.argsort()]
+
+    def _shuffled_keys(self, view: Tensor, draw: int) -> tuple[Tensor, bool]:
+        """Unit keys in their own places, and whether they are those of all ranks."""
+        if self.batch_norm not in ("shuffle", "split"):
+            return unit_rows(self.encoder_k(view)), False
+        order, shared = self.shuffle(len(view), draw, view.device)
+        images = dist.all_gather(view) if shared else view
+        mine = order.view(dist.world(), -1)[dist.rank()] if shared else order
+        keys = unit_rows(self.encoder_k(images[mine].contiguous(memory_format=_memory_format(view))))
+        return self.in_order(keys, order, shared), shared
 
     def queue_filled(self) -> Tensor:
         """Share of the queue that holds keys of images instead of the random vectors it starts with."""

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fastssl.mixing import Mixture, MixingConfig, draw_mixture, mix
+from fastssl.mixing import MixingConfig, Mixture, draw_mixture, mix
 from tests.oracle import unmix
 
 MIXTURES = st.builds(

@@ -1,0 +1,43 @@
+"""Run by torchrun for test_clsa.py and test_unmix_moco.py: five float64 steps on this rank's half of each batch.
+
+Batch norm is in eval, as only then two halves can be the whole.
+"""
+
+import sys
+
+import torch
+
+from fastssl import dist
+from tests.fastssl import test_clsa
+
+CLSA = {
+    "clsa": {},
+    "clsa_sym": {"symmetric": True, "enqueue": "both"},
+    "clsa_sym_reference": {"symmetric": True, "variant": "reference"},
+    "clsa_plain_bn": {"batch_norm": "plain", "merge_equal_sizes": True},
+}
+
+
+def five_steps(method, views):
+    method.eval()
+    model = dist.wrap(method)
+    optimizer = torch.optim.SGD(method.encoder_q.parameters(), lr=0.1, momentum=0.9)
+    for step in range(5):
+        mine = {role: [v.chunk(dist.world())[dist.rank()] for v in parts] for role, parts in views(step).items()}
+        method.before_step(step)
+        output = model(mine, step)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+        method.after_step(output)
+    return method.state_dict()
+
+
+def states():
+    return {name: five_steps(test_clsa.clsa(**form), test_clsa.views) for name, form in CLSA.items()}
+
+
+if __name__ == "__main__":
+    dist.setup("cpu")
+    torch.save(states(), f"{sys.argv[1]}/rank-{dist.rank()}.pt")
+    dist.teardown()
