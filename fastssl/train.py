@@ -347,7 +347,7 @@ def _describe(
     yield f"lr {cfg.optim.lr:g} as written, {scaled}, {lr(start):g} at step {start}"
     chance = method.chance_level()
     if chance is not None:
-        yield f"a loss of {chance:.3f} is chance level; it may rise at first while the queue fills with real keys"
+        yield f"a loss of {chance:.3f} is chance level; it may rise at first, while a queue fills with real keys"
     for sentence in method.advice():
         yield f"warning: {sentence}"
     queue = cfg.method.get("queue_length", 0)

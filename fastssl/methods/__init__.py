@@ -10,12 +10,14 @@ from fastssl.methods.base import Method, Output, RunFacts
 from fastssl.methods.clsa import Clsa, ClsaConfig
 from fastssl.methods.moco import Moco, MocoConfig
 from fastssl.methods.moco_decoder import Autoencoder, AutoencoderConfig, MocoDecoder, MocoDecoderConfig
+from fastssl.methods.swav import Swav, SwavConfig
 
 METHODS: dict[str, tuple[type[Method], type]] = {
     "moco": (Moco, MocoConfig),
     "clsa": (Clsa, ClsaConfig),
     "moco_decoder": (MocoDecoder, MocoDecoderConfig),
     "autoencoder": (Autoencoder, AutoencoderConfig),
+    "swav": (Swav, SwavConfig),
 }
 
 __all__ = ["METHODS", "Method", "Output", "RunFacts", "build_method"]

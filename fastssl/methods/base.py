@@ -54,6 +54,10 @@ class Method(nn.Module):
         """The loss of features that know nothing, for the log; None if the method has no such level."""
         return None
 
+    def advice(self) -> list[str]:
+        """Sentences for the start of the log: settings that are likely not to do what was meant."""
+        return []
+
     def rank_state(self) -> dict[str, Tensor]:
         """What differs by rank and has to be saved by each; such buffers are not persistent."""
         return {}

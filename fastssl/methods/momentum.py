@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastssl import dist
 from fastssl.methods.base import Method, Output, RunFacts
 from fastssl.nn.split_batchnorm import split_batchnorm_
+from fastssl.nn.sync_batchnorm import sync_batchnorm_
 from fastssl.settings import require
 
 # B images per rank, W ranks, C embedding width (dim), K queue length
@@ -34,7 +35,7 @@ class MomentumConfig:
     head        "linear": one layer (v1); "mlp": a ReLU MLP as wide as the features (v2); "none": the features
     batch_norm  "shuffle": the key batch is shuffled over the ranks (section 3.3); on one process "split" stands in
                 "split": statistics over split_groups parts of the batch, the keys in another order than the queries
-                "sync": statistics over all ranks (GPU only; torch has no CPU form)
+                "sync": statistics over all ranks
                 "plain": neither
     """
 
@@ -136,9 +137,7 @@ class MomentumMethod(Method):
 
     def _choose_batch_norm(self, split_groups: int) -> None:
         if self.batch_norm == "sync" and dist.world() > 1:
-            if not torch.cuda.is_available():
-                raise ValueError("method.batch_norm is 'sync', which torch offers on GPUs only; use shuffle on CPUs")
-            self.encoder_q = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder_q)
+            sync_batchnorm_(self.encoder_q)
         if self.batch_norm == "split" or (self.batch_norm == "shuffle" and dist.world() == 1):
             split_batchnorm_(self.encoder_q, split_groups)
 

@@ -1,0 +1,202 @@
+"""SwAV: each view of an image predicts the cluster that another view was assigned to, among prototypes that are learnt.
+
+Caron et al., arXiv:2006.09882. Departures from the authors' code, none of which changes a step's numbers but the last:
+- embeddings enter the queue after the optimiser step instead of between its scores and Sinkhorn: nothing reads them
+  in between;
+- the queue counts what it holds instead of testing its last row for zeros, and is saved at any step;
+- Sinkhorn subtracts the largest score, and scores, softmax and codes are float32 at any precision;
+- batch norms are synchronised over all ranks, as in the authors' scripts for 4 GPUs; those for 64 GPUs use groups of 8.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastssl import dist
+from fastssl.losses import feature_std, sinkhorn, swapped_prediction, usage_entropy
+from fastssl.methods.base import Method, Output, RunFacts, Views, require_roles
+from fastssl.methods.momentum import unit_rows
+from fastssl.nn.sync_batchnorm import sync_batchnorm_
+from fastssl.settings import require
+
+# B images per rank, W ranks, G = W * B, V views, C embedding width (dim), P prototypes, L queue length of a rank
+
+ASSIGNED = 2  # views of role `global`: the ones whose codes are predicted
+
+
+@dataclass(frozen=True)
+class SwavConfig:
+    """The presets swav, swav_2x224, swav_w2 and swav_w4 hold the published values.
+
+    hidden              width of the projection head's hidden layer
+    epsilon             Sinkhorn's entropy weight (losses.sinkhorn); sinkhorn_iterations: its rounds
+    hard_assignment     codes are rounded to one prototype each
+    queue_length        embeddings of past images, over all ranks and for each of the two global views, that stand in
+                        for a larger batch in Sinkhorn; rounded down to a multiple of run.batch_size. 0: none
+    queue_from          when the queue starts to fill; it is used from the moment it is full
+    freeze_prototypes   how long the prototypes keep their directions at the start
+    batch_norm          "sync": statistics over all ranks; "plain": over each rank's own rows
+    merge_crops         views of one size pass the encoder, and its batch norms, together; false: each view alone.
+                        The projection head sees all views at once in either case
+    """
+
+    name: str = "swav"
+    dim: int = 128
+    hidden: int = 2048
+    num_prototypes: int = 3000
+    temperature: float = 0.1
+    epsilon: float = 0.05
+    sinkhorn_iterations: int = 3
+    hard_assignment: bool = False
+    queue_length: int = 0
+    queue_from: str = "15ep"
+    freeze_prototypes: str = "313steps"
+    batch_norm: Literal["sync", "plain"] = "sync"
+    merge_crops: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.dim >= 1, "method.dim", self.dim, "1 or more")
+        require(self.hidden >= 1, "method.hidden", self.hidden, "1 or more")
+        require(self.num_prototypes >= 2, "method.num_prototypes", self.num_prototypes, "2 or more")
+        require(self.temperature > 0.0, "method.temperature", self.temperature, "above 0")
+        remedy = "0.025 or more: e^(-2/epsilon) is 0 in float32 well below that"
+        require(self.epsilon >= 0.025, "method.epsilon", self.epsilon, remedy)
+        require(self.sinkhorn_iterations >= 1, "method.sinkhorn_iterations", self.sinkhorn_iterations, "1 or more")
+        require(self.queue_length >= 0, "method.queue_length", self.queue_length, "0 (no queue) or more")
+
+
+class Swav(Method):
+    """Views: `global` 2, whose codes are predicted, and any number of `local`, which only predict; (B, 3, S, S)."""
+
+    own_buffers: ClassVar[tuple[str, ...]] = ("queue",)
+    queue: Tensor  # (2, L, C), newest rows first; each rank has its own
+
+    def __init__(self, backbone: nn.Module, config: SwavConfig, facts: RunFacts) -> None:
+        require_roles(config.name, facts.roles, {"global": ASSIGNED}, local=0)
+        super().__init__()
+        self.config, self.clock = config, facts.clock
+        self.frozen_steps = facts.clock.steps(config.freeze_prototypes, "method.freeze_prototypes")
+        self.queue_from = facts.clock.steps(config.queue_from, "method.queue_from")
+        width: int = backbone.num_features  # type: ignore[assignment]
+        self.encoder = backbone
+        self.projection_head = nn.Sequential(
+            nn.Linear(width, config.hidden),
+            nn.BatchNorm1d(config.hidden),
+            nn.ReLU(),
+            nn.Linear(config.hidden, config.dim),
+        )
+        self.prototypes = nn.Linear(config.dim, config.num_prototypes, bias=False)
+        if config.batch_norm == "sync" and dist.world() > 1:
+            sync_batchnorm_(self)
+        rows = config.queue_length // facts.clock.batch_size * facts.clock.batch_size // dist.world()
+        self.register_buffer("queue", torch.zeros(ASSIGNED, rows, config.dim), persistent=False)
+        self.num_queued = 0  # on the host, because it decides what a step computes
+
+    def forward(self, views: Views, step: int) -> Output:
+        crops = [*views["global"], *views.get("local", ())]
+        embeddings = self.embed(crops)
+        scores = self.scores(embeddings)
+        codes = [self.codes(scores[i].detach(), self.queue[i]) for i in range(ASSIGNED)]
+        loss = swapped_prediction(scores, codes, self.config.temperature)
+        return Output(loss, self.logs(embeddings, codes), carry=self.to_queue(embeddings[:ASSIGNED], step))
+
+    def backbone(self) -> nn.Module:
+        return self.encoder
+
+    def chance_level(self) -> float:
+        """ln P: every prototype equally likely."""
+        return math.log(self.config.num_prototypes)
+
+    @torch.no_grad()
+    def before_step(self, step: int) -> None:
+        """Prototypes back to unit length, also while they are frozen."""
+        self.prototypes.weight.copy_(F.normalize(self.prototypes.weight, dim=1))
+
+    def after_backward(self, step: int) -> None:
+        """No gradient at all for frozen prototypes: neither momentum nor weight decay must move them."""
+        if step < self.frozen_steps:
+            self.prototypes.weight.grad = None
+
+    @torch.no_grad()
+    def after_step(self, output: Output) -> None:
+        """Push this rank's embeddings (2, B, C) in front of its queue."""
+        if output.carry is not None:
+            length = self.queue.shape[1]
+            self.queue.copy_(torch.cat([output.carry.to(self.queue.dtype), self.queue], 1)[:, :length])
+            self.num_queued = min(self.num_queued + output.carry.shape[1], length)
+
+    def embed(self, crops: Sequence[Tensor]) -> Tensor:
+        """(V, B, C) unit embeddings, in the order of the crops."""
+        alike = itertools.groupby(crops, key=lambda crop: crop.shape[-1]) if self.config.merge_crops else None
+        batches = [list(group) for _, group in alike] if alike else [[crop] for crop in crops]
+        features = torch.cat([self.encoder(torch.cat(batch)) for batch in batches])
+        return unit_rows(self.projection_head(features)).unflatten(0, (len(crops), -1))
+
+    def scores(self, embeddings: Tensor) -> Tensor:
+        """(..., P) cosines with the prototypes, in at least float32."""
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return self.prototypes(embeddings)
+
+    @torch.no_grad()
+    def codes(self, scores: Tensor, queue: Tensor) -> Tensor:
+        """(B, P) codes of one view's scores, balanced over all ranks and, once it is full, with the queue's rows.
+
+        The queue's old embeddings meet today's prototypes, as in the authors' code.
+        """
+        if self.queue_is_full():
+            scores = torch.cat([self.scores(queue), scores])
+        settings = self.config
+        codes = sinkhorn(scores, settings.epsilon, settings.sinkhorn_iterations, settings.hard_assignment)
+        return codes[len(queue) :] if self.queue_is_full() else codes
+
+    def queue_is_full(self) -> bool:
+        return 0 < self.queue.shape[1] == self.num_queued
+
+    def to_queue(self, embeddings: Tensor, step: int) -> Tensor | None:
+        """What `after_step` shall push: the embeddings (2, B, C), or None if no queue is filled at this step."""
+        return embeddings.detach() if self.queue.shape[1] and step >= self.queue_from else None
+
+    def logs(self, embeddings: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
+        logs = {"feature_std": feature_std(embeddings[0]), "prototype_entropy": usage_entropy(torch.stack(list(codes)))}
+        if self.queue.shape[1]:
+            logs["queue_filled"] = torch.full((), self.num_queued / self.queue.shape[1], device=embeddings.device)
+        return logs
+
+    def rank_state(self) -> dict[str, Tensor]:
+        return {"queue": self.queue, "num_queued": torch.tensor(self.num_queued)} if self.queue.shape[1] else {}
+
+    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> str | None:
+        if state is None and self.queue.shape[1]:
+            steps = self.queue.shape[1] * dist.world() // self.clock.batch_size
+            return (
+                "the queue is each rank's own, and another number of ranks saved it; it starts empty, "
+                f"and codes do without it until {steps} steps have filled it"
+            )
+        if state:
+            self.queue.copy_(state["queue"])
+            self.num_queued = int(state["num_queued"])
+        return None
+
+    def advice(self) -> list[str]:
+        asked, batch, prototypes = self.config.queue_length, self.clock.batch_size, self.config.num_prototypes
+        queue = self.queue.shape[1] * dist.world()
+        sentences = []
+        if queue != asked:
+            sentences.append(
+                f"method.queue_length {asked} is not a multiple of run.batch_size {batch}; the queue "
+                + (f"holds {queue}" if queue else "is left out")
+            )
+        if batch + queue < prototypes:
+            sentences.append(
+                f"run.batch_size {batch} and a queue of {queue} are fewer than method.num_prototypes {prototypes}, so "
+                f"that Sinkhorn cannot use every prototype; take fewer prototypes or a longer method.queue_length"
+            )
+        return sentences
