@@ -13,6 +13,7 @@ every hash before a tensor is used and walks back to the newest folder that is w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -26,7 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.config import convert
+from fastssl.methods import Method, RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
+from fastssl.schedule import Clock
+from fastssl.settings import Config
+from pipelines.views import role_counts
 
 FORMAT = 1
 SUMS = "SHA256SUMS"
@@ -158,6 +164,22 @@ def load_backbone(path: str | Path) -> tuple[nn.Module, dict[str, Any]]:
     except RuntimeError as error:
         raise CheckpointError(f"{folder} does not fit encoder {meta['config']['encoder']}: {error}") from error
     return backbone.eval(), {**meta, "folder": str(folder), "num_features": backbone.num_features}
+
+
+def load_method(path: str | Path) -> tuple[Method, Config]:
+    """The whole trained method of a run or checkpoint folder, on the CPU, in eval mode, and the settings of its run.
+
+    Raises CheckpointError if there is none, or if its tensors do not fit its settings.
+    """
+    folder = find(path)
+    cfg = convert(Config, load_meta(folder)["config"])
+    facts = RunFacts(role_counts(cfg.view_specs()), cfg.run.seed, Clock(1, cfg.run.batch_size))
+    method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), facts)
+    try:
+        method.load_state_dict(_load_tensors(folder / "model.pt", torch.device("cpu")))
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit its own settings: {error}") from error
+    return method.eval(), cfg
 
 
 def _retire(root: Path, keep: int) -> None:
