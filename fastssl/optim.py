@@ -26,7 +26,13 @@ def build_optimizer(method: nn.Module, config: OptimConfig, device: torch.device
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.fused == "apex":
         return _apex_sgd(groups, options, device)
-    return torch.optim.SGD(groups, **options, fused=fused)
+    optimizer = torch.optim.SGD(groups, **options, fused=fused)
+    if config.momentum:
+        # torch's fused kernel fails when a tensor's first gradient comes after the others' (SwAV's frozen prototypes).
+        # A momentum that starts as zero makes the same first step as one that does not exist.
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def parameter_groups(method: nn.Module, weight_decay: float, weight_decay_on: str) -> list[dict[str, Any]]:

@@ -18,7 +18,8 @@ RECIPES = sorted(path.stem for path in (config.config_dir() / "recipe").glob("*.
 PRESETS = [f"method={name}" for name in METHODS] + [f"recipe={name}" for name in RECIPES]
 
 SMALL_METHOD = {
-    "dim": 8, "queue_length": 16, "split_groups": 2, "num_prototypes": 12, "hidden": 16, "decoder": {
+    "dim": 8, "queue_length": 16, "split_groups": 2, "num_prototypes": 12, "hidden": 16, "queue_from": "0steps",
+    "freeze_prototypes": "2steps", "decoder": {
         "channels": 2, "start": [4, 8], "layers": [[4, 3, 2]], "last_kernel": 3, "activation": "prelu",
         "enlarge": "nearest", "output": "linear", "batch_norm": True,
     },
