@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from shard_tools.images import FORMAT_NAMES, Facts
+from shard_tools.manifest import ShardError
 
 MAX_ODDITIES = 1000  # named in the manifest; all of them are counted
 _USUAL_MODES = ("RGB", "L")
@@ -17,7 +18,10 @@ _EXTENSIONS_OF = {"jpg": ("jpg", "jpeg", "jpe", "jfif"), "png": ("png",), "webp"
 
 @dataclass
 class Census:
-    """Counts so far. `bad` holds one entry an unusable file: its name, the reason, and what was done with it."""
+    """Counts so far. `bad` holds one entry an unusable file: its name, the reason, and what was done with it.
+
+    bands   that every image has or, of images yet to come, must have: 0 for photographs, None as long as it is open
+    """
 
     formats: Counter[str] = field(default_factory=Counter)
     modes: Counter[str] = field(default_factory=Counter)
@@ -27,9 +31,14 @@ class Census:
     num_oddities: int = 0
     oddities: list[list[str]] = field(default_factory=list)
     bad: list[dict[str, Any]] = field(default_factory=list)
+    bands: int | None = None
 
     def add(self, name: str, facts: Facts, reencoded: bool) -> None:
-        """Count one good image: `facts` of the source's bytes, before any resize."""
+        """Count one good image: `facts` of the source's bytes, before any resize.
+
+        Raises ShardError if it has other bands than those before it.
+        """
+        self._set_bands(facts.bands, f"{printable(readable(name))} has")
         self.formats[FORMAT_NAMES[facts.extension]] += 1
         self.modes[facts.mode] += 1
         self.corrupt_exif += facts.corrupt_exif
@@ -45,7 +54,9 @@ class Census:
         self.bad.append(entry if row is None else {**entry, "row": row})
 
     def merge(self, other: Census) -> None:
-        """Add the counts of images that came after these."""
+        """Add the counts of images that came after these; raises ShardError if they have other bands."""
+        if other.bands is not None:
+            self._set_bands(other.bands, "some images have")
         self.formats += other.formats
         self.modes += other.modes
         self.exif_orientation += other.exif_orientation
@@ -57,7 +68,10 @@ class Census:
         self.num_oddities += other.num_oddities - len(other.oddities)
 
     def to_json(self) -> dict[str, Any]:
+        """The counts; "bands" is there for stamps only."""
+        bands = {"bands": self.bands} if self.bands else {}
         return {
+            **bands,
             "formats": dict(sorted(self.formats.items())),
             "modes": dict(sorted(self.modes.items())),
             "exif_orientation": dict(sorted(self.exif_orientation.items())),
@@ -71,7 +85,13 @@ class Census:
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Census:
         counters = {key: Counter(document[key]) for key in ("formats", "modes", "exif_orientation")}
-        return cls(**{**document, **counters})
+        bands = document.get("bands", 0 if document["formats"] else None)
+        return cls(**{**document, **counters, "bands": bands})
+
+    def _set_bands(self, bands: int, what: str) -> None:
+        if self.bands not in (None, bands):
+            raise ShardError(f"{what} {_kind(bands)}, but those before {_kind(self.bands)}; pack them apart")
+        self.bands = bands
 
     def _add_oddity(self, oddity: list[str]) -> None:
         self.num_oddities += 1
@@ -93,8 +113,9 @@ def table(census: dict[str, Any]) -> list[str]:
     lines = [
         f"  formats    {_counts(census.get('formats', {}))}",
         f"  modes      {_counts(census.get('modes', {}))}",
-        f"  EXIF       {_exif(census)}",
     ]
+    if not census.get("bands"):
+        lines.append(f"  EXIF       {_exif(census)}")
     for key, unit in (("width", "px"), ("height", "px"), ("size", "bytes")):
         if quantiles := census.get("quantiles", {}).get(key):
             lines.append(f"  {key:10s} {', '.join(f'{name} {value}' for name, value in quantiles.items())} {unit}")
@@ -127,7 +148,7 @@ def counted(number: int, noun: str) -> str:
 
 def _oddities(name: str, facts: Facts) -> list[str]:
     found = []
-    if facts.mode not in _USUAL_MODES:
+    if facts.mode not in _USUAL_MODES and not facts.bands:
         found.append(f"mode {facts.mode}")
     named = name.rpartition(".")[2].lower()
     claimed = next((extension for extension, names in _EXTENSIONS_OF.items() if named in names), facts.extension)
@@ -138,6 +159,10 @@ def _oddities(name: str, facts: Facts) -> list[str]:
     if facts.corrupt_exif:
         found.append("corrupt EXIF")
     return found
+
+
+def _kind(bands: int | None) -> str:
+    return counted(bands, "band") if bands else "none (photographs)"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -1,4 +1,4 @@
-"""The command `shard_tools pack | verify | info | index | extract`: arguments to functions, errors to sentences."""
+"""The command `shard_tools pack | verify | info | index | extract | simulate`: arguments to functions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from shard_tools.adopt import AdoptOptions, adopt
 from shard_tools.census import counted, table
 from shard_tools.disk import DiskFull
 from shard_tools.extract import extract
+from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import Packed, PackOptions, pack
-from shard_tools.sources import Source, cifar10, demo, files, imagefolder, imagenet, webdataset
+from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, webdataset
 from shard_tools.verify import check, check_info, manifests_below
 
 EXIT_BAD_INPUT, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 4, 130
@@ -33,6 +34,8 @@ _SOURCES = {
     "files": "any tree of images, without labels",
     "cifar10": "CIFAR-10: the python version's pickles, or train/<class>/ and test/<class>/",
     "webdataset": "WebDataset shards to be packed again: a folder, a .tar, or a path like x-{000..012}.tar",
+    "hdf5": "stamps of an HDF5 file SRC: images (N, bands, height, width), and labels and obj_ids if it has them",
+    "fits": "stamps, one a FITS file, anywhere below SRC: (bands, height, width), or (height, width) of one band",
     "demo": "patches of the photographs that scikit-image and scikit-learn ship; no SRC, no download",
 }
 
@@ -108,12 +111,14 @@ def _source(args: argparse.Namespace, split: str) -> Source:
     if args.source == "webdataset":
         return webdataset.open_source(args.src, split, args.classes and _names(args.classes, "--classes"))
     src = Path(args.src)
+    if args.source == "hdf5":
+        return hdf5.open_source(src, split, args.dataset)
     if not src.is_dir():
         raise ShardError(f"no such folder: {src}; give the one that holds the images as SRC")
     if args.source == "imagenet":
         labels = None if split == "train" and not args.split else args.val_labels
         return imagenet.open_source(src, split, labels)
-    modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10}
+    modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10, "fits": fits}
     return modules[args.source].open_source(src, split)
 
 
@@ -173,20 +178,21 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _info(args: argparse.Namespace) -> int:
+    if args.limit and not args.stats:
+        raise ShardError("--limit only matters to --stats; add --stats, or leave --limit out")
     documents = []
     for manifest in manifests_below(args.dir):
         document = info.describe(manifest)
         if args.stats:
-            document["pixels"] = info.pixel_statistics(manifest)
+            document["pixels"] = info.pixel_statistics(manifest, limit=args.limit, workers=args.workers)
         documents.append(document)
     if args.json:
         print(json.dumps({"splits": documents}, indent=1))
         return 0
     for document in documents:
         print("\n".join(info.lines(document)))
-        if pixels := document.get("pixels"):
-            print(f"  mean       {pixels['mean']} (of {pixels['num_images']} images, RGB from 0 to 1)")
-            print(f"  std        {pixels['std']}")
+        if args.stats:
+            print("\n".join(info.pixel_lines(document["pixels"])))
     return 0
 
 
@@ -204,6 +210,12 @@ def _extract(args: argparse.Namespace) -> int:
     rows = [row for key in args.keys for row in _rows(key, manifest.num_samples)]
     for path in extract(manifest, rows, args.out):
         print(path)
+    return 0
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    simulate(args.out, num=args.num, size=args.size, seed=args.seed, workers=args.workers)
+    print(f"{counted(args.num, 'stamp')} of galaxies in {args.out}")
     return 0
 
 
@@ -257,6 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_info(commands)
     _add_index(commands)
     _add_extract(commands)
+    _add_simulate(commands)
     return parser
 
 
@@ -285,6 +298,8 @@ def _add_pack(commands: Any) -> None:
             sub.add_argument("--val-labels", type=Path, metavar="FILE", help=_VAL_LABELS)
         if name == "webdataset":
             sub.add_argument("--classes", type=Path, metavar="FILE", help="class names, one a line, from class 0")
+        if name == "hdf5":
+            sub.add_argument("--dataset", default="images", metavar="NAME", help="of the stamps (default: images)")
         _add_pack_options(sub)
 
 
@@ -319,7 +334,10 @@ def _add_info(commands: Any) -> None:
     parser = _command(commands, "info", _info, "say what shards hold", "shard_tools info shards/ --json")
     parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
     parser.add_argument("--json", action="store_true", help="for programs")
-    parser.add_argument("--stats", action="store_true", help="also mean and std of the channels, over 1000 images")
+    stats = "also mean and std of red, green and blue over all pixels of all images, as settings for a training"
+    parser.add_argument("--stats", action="store_true", help=stats)
+    parser.add_argument("--limit", type=int, default=0, metavar="N", help="--stats of N images, chosen at random")
+    _add_workers(parser)
 
 
 def _add_index(commands: Any) -> None:
@@ -346,6 +364,18 @@ def _add_extract(commands: Any) -> None:
     parser.add_argument("--split", default="train", help="of DIR, if it holds several (default: train)")
     parser.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="numbers of samples, or ranges a-b")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
+
+
+def _add_simulate(commands: Any) -> None:
+    summary = "draw a survey of galaxies with GalSim into an HDF5 file, to be packed with `shard_tools pack hdf5`"
+    example = "shard_tools simulate galaxies galaxies.h5 --num 4000 --workers 2"
+    parser = _command(commands, "simulate", _simulate, summary, example)
+    parser.add_argument("what", choices=("galaxies",), help="stamps in the bands g, r, i, z, y, sky-subtracted")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the HDF5 file to write")
+    parser.add_argument("--num", type=int, default=4000, metavar="N", help="galaxies (default: 4000)")
+    parser.add_argument("--size", type=int, default=96, metavar="PX", help="side of a stamp (default: 96)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed gives other galaxies (default: 0)")
+    _add_workers(parser)
 
 
 def _out_apart(argv: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ from shard_tools.manifest import MAX_MEMBER_BYTES, ShardError
 from shard_tools.tar import Member, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
+_STAMP = "npy"  # an image only where the sample has no other: beside a photograph it is something else about it
 _MAX_JSON_BYTES = 2**20
 _MAX_LABEL = 10**6
 _REPACK = "re-pack the shard"
@@ -34,7 +35,7 @@ class Sample:
 
     @property
     def image(self) -> Member:
-        return next(self.members[extension] for extension in IMAGE_EXTENSIONS if extension in self.members)
+        return next(self.members[extension] for extension in (*IMAGE_EXTENSIONS, _STAMP) if extension in self.members)
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -95,13 +96,15 @@ def _check_image(path: Path, sample: Sample) -> None:
     images = [extension for extension in IMAGE_EXTENSIONS if extension in sample.members]
     if len(images) > 1:
         raise ShardError(f"{path}: the sample {sample.key!r} has {len(images)} images ({', '.join(images)}); {_REPACK}")
-    if images:
+    if images or _STAMP in sample.members:
         return
     dotted = [e for e in sample.members if "." in e and e.rpartition(".")[2] in IMAGE_EXTENSIONS]
     if dotted:
         name = sample.members[dotted[0]].name
         raise ShardError(f"{path}: {name!r} has a dot in its key, which readers take for an extension; {_REPACK}")
-    raise ShardError(f"{path}: the sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}); {_REPACK}")
+    raise ShardError(
+        f"{path}: the sample {sample.key!r} has no image ({', '.join(IMAGE_EXTENSIONS)}, {_STAMP}); {_REPACK}"
+    )
 
 
 def _meta(path: Path, descriptor: int, sample: Sample) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """What an image file really is: a strict decode, its facts, and the re-encoding that a resize asks for.
 
-Formats are told by content: JPEG, PNG, WebP and BMP, the four that Pillow and DALI decode alike. EXIF orientation is
+Formats are told by content: JPEG, PNG, WebP and BMP, the four that Pillow and DALI decode alike, and stamps, which are
+arrays of floats (see stamps.py). EXIF orientation is
 reported but never applied, as torchvision and timm do not apply it.
 """
 
@@ -14,11 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shard_tools.manifest import MAX_MEMBER_BYTES, MAX_PIXELS
+from shard_tools import stamps
+from shard_tools.manifest import MAX_MEMBER_BYTES, MAX_PIXELS, ShardError
 
 # Pillow's name of a format -> extension of the member. MPO is a JPEG with further pictures behind the first.
 EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp"}
-FORMAT_NAMES = {"jpg": "jpeg", "png": "png", "webp": "webp", "bmp": "bmp"}
+FORMAT_NAMES = {"jpg": "jpeg", "png": "png", "webp": "webp", "bmp": "bmp", "npy": "npy"}
 _ORIENTATION = 0x0112  # EXIF tag
 
 _FOREIGN_MAGIC = {  # formats that users do have and that DALI does not read as Pillow does
@@ -32,7 +34,10 @@ _FOREIGN_MAGIC = {  # formats that users do have and that DALI does not read as 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a header says. width and height in px as stored; mode is Pillow's; orientation is the EXIF tag or None."""
+    """What a header says. width and height in px as stored; mode is Pillow's; orientation is the EXIF tag or None.
+
+    bands   of a stamp; 0 for a photograph
+    """
 
     extension: str
     width: int
@@ -40,6 +45,7 @@ class Facts:
     mode: str
     orientation: int | None = None
     corrupt_exif: bool = False
+    bands: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +88,13 @@ def prepare(data: bytes, resize: Resize | None) -> Prepared:
     """Decode strictly; keep the bytes, or re-encode where `resize` shrinks the image or it has 16 bits a channel.
 
     Grey PNGs of 16 bits become 8-bit PNGs (value / 257, rounded): Pillow would clip where DALI scales.
-    Raises BadImage.
+    Raises BadImage, and ShardError where a stamp is to be shrunk.
     """
+    if data.startswith(stamps.MAGIC):
+        if resize:
+            raise ShardError("--max-side and --short-side shrink photographs, but these are stamps; leave them out")
+        facts = _inspect_stamp(data)
+        return Prepared(data, facts, facts)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image, facts = _open(data, caught)
@@ -103,6 +114,18 @@ def prepare(data: bytes, resize: Resize | None) -> Prepared:
         image = image.resize(target, Image.Resampling.LANCZOS)
         assert resize is not None
         return Prepared(_encode(image, "JPEG", quality=resize.quality), _with(image, "jpg"), facts)
+
+
+def _inspect_stamp(data: bytes) -> Facts:
+    """No BadImage of a stamp carries facts, so that none is ever kept: its NaN would spread over a whole model."""
+    try:
+        pixels = stamps.decode(data)
+    except ValueError as error:
+        raise BadImage(f"as a stamp, {error}") from None
+    if not np.isfinite(pixels).all():
+        raise BadImage(f"{np.count_nonzero(~np.isfinite(pixels))} of its pixels are NaN or infinite")
+    bands, height, width = pixels.shape
+    return Facts("npy", width, height, f"{bands} x float32", bands=bands)
 
 
 def _open(data: bytes, caught: list[warnings.WarningMessage]) -> tuple[Image.Image, Facts]:

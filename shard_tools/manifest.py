@@ -3,7 +3,8 @@
 Layout of a packed data set, DST:
     _info.json                        timm's index of all splits
     <split>/manifest.json             written last: without it the split is not there
-    <split>/<split>-000000.tar        USTAR; members %09d.jpg|.png|.webp|.bmp, %09d.cls (ASCII integer), %09d.json
+    <split>/<split>-000000.tar        USTAR; members %09d.jpg|.png|.webp|.bmp|.npy (see stamps.py), %09d.cls
+                                      (ASCII integer), %09d.json
     <split>/<split>-000000.idx        DALI's index, v1.2
     <split>/index.npy                 INDEX_DTYPE, one row a sample, in shard order; the row number is the sample's id
 """
@@ -28,6 +29,7 @@ INDEX_NAME = "index.npy"
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS)
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_MEMBER_BYTES = 64 * 2**20  # of one image; a claim above it is a damaged or hostile archive
+MAX_BANDS = 64  # of a stamp
 
 # offset, size   of the image's bytes inside the tar
 # label          class number, -1 for none
@@ -103,6 +105,16 @@ class Manifest:
     @property
     def labelled(self) -> bool:
         return self.classes is not None
+
+    @property
+    def bands(self) -> int:
+        """Bands of every stamp where the split holds arrays of floats (`.npy`, see stamps.py); 0 for photographs."""
+        return self.census.get("bands", 0)
+
+    @property
+    def channels(self) -> int:
+        """Channels of a view: the bands of a stamp, or 3."""
+        return self.bands or 3
 
     def index(self) -> np.ndarray:
         """index.npy, memory-mapped and read-only; raises ShardError if it is missing or of another shape."""
@@ -244,6 +256,8 @@ def _parse_census(census: dict[str, Any]) -> dict[str, Any]:
         _count(census, key)
     for key in {"oddities", "bad"} & census.keys():
         _typed(census, key, list)
+    if "bands" in census and not 1 <= _count(census, "bands") <= MAX_BANDS:
+        raise ValueError(f"its bands are {census['bands']}")
     if not all(isinstance(entry, dict) for entry in census.get("quantiles", {}).values()):
         raise ValueError("its quantiles are no table")
     for oddity in census.get("oddities", []):

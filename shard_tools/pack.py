@@ -169,7 +169,7 @@ def _subset(items: Sequence[Item], names: Sequence[str]) -> list[Item]:
 
 def _fingerprint(source: Source, items: Sequence[Item], options: PackOptions) -> str:
     """sha256 of all that decides the bytes but the images themselves: what a re-run must have in common."""
-    head = [source.kind, source.split, source.classes, options.recorded()]
+    head = [source.kind, source.split, source.classes, options.recorded(), *source.content]
     digest = hashlib.sha256(json.dumps(head).encode())
     for item in items:
         digest.update(f"\n{item.label} {item.size} {item.name}".encode("utf-8", "surrogateescape"))
@@ -281,6 +281,8 @@ def _prepare(read: Callable[[Item], bytes], resize: Resize | None, item: Item) -
         data = read(item)
     except OSError as error:
         return _Rejected(f"cannot be read ({error.strerror or type(error).__name__})")
+    except BadImage as bad:
+        return _Rejected(str(bad))
     try:
         return prepare(data, resize)
     except BadImage as bad:

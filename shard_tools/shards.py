@@ -29,7 +29,7 @@ class ShardCutter:
     """
 
     def __init__(self, journal: Journal, split: str, shard_size: int, shard_bytes: int):
-        self.census = Census()
+        self.census = Census(bands=journal.entries[-1].census.bands if journal.entries else None)
         self.num_rows = sum(entry.shard.num_samples for entry in journal.entries)
         self._journal = journal
         self._split = split
@@ -56,7 +56,7 @@ class ShardCutter:
         if self._open is not None:
             shard, rows = self._open.close()
             self._journal.append(Entry(shard, rows, self.census, position))
-            self._open, self.census = None, Census()
+            self._open, self.census = None, Census(bands=self.census.bands)
 
     def discard(self) -> None:
         """Drop a shard that was not closed."""

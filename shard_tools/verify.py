@@ -63,6 +63,7 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
     rules = _Rules(
         adopted=manifest.source.get("kind") == ADOPTED,
         labelled=manifest.labelled,
+        bands=manifest.bands,
         kept=frozenset(entry["row"] for entry in bad if entry.get("action") == "kept"),
         quarantined=frozenset(entry["name"] for entry in bad if entry.get("action") == "quarantined"),
     )
@@ -114,6 +115,7 @@ class _Rules:
 
     adopted: bool
     labelled: bool
+    bands: int
     kept: frozenset[int]
     quarantined: frozenset[str]
 
@@ -156,6 +158,8 @@ def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: np.void, numbe
         facts = inspect(payload)
     except BadImage as bad:
         return f"is no good image ({bad})"
+    if facts.bands != rules.bands:
+        return f"has {facts.bands} bands, but the manifest says {rules.bands}"
     return "" if (facts.width, facts.height) == (row["width"], row["height"]) else "has other dimensions than its row"
 
 

@@ -29,9 +29,10 @@ class Source:
 
     items       in an order that depends on the data only
     classes     names of the labels, None for unlabelled data
-    read        the bytes of an item; picklable, may raise OSError
+    read        the bytes of an item; picklable, may raise OSError, or BadImage where it makes an image of a file
     notes       facts for the manifest, such as files passed over; no absolute paths
     side_files  to be written beside the shards
+    content     hashes of the images, where their names and sizes would not tell that they changed
     """
 
     kind: str
@@ -41,3 +42,4 @@ class Source:
     read: Callable[[Item], bytes]
     notes: Mapping[str, Any] = field(default_factory=dict)
     side_files: Mapping[str, bytes] = field(default_factory=dict)
+    content: tuple[str, ...] = ()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +27,13 @@ class Listing:
     num_ignored: int
 
 
-def list_images(root: Path) -> Listing:
-    """All image files below `root`; links are followed, hidden files and folders passed over."""
+def list_images(root: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> Listing:
+    """All files below `root` named as images; links are followed, hidden files and folders passed over."""
     files: list[tuple[str, int]] = []
     num_ignored = 0
+    endings = tuple(suffixes)
     for name, size in _walk(os.fspath(root), "", frozenset()):
-        if os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+        if name.lower().endswith(endings):
             files.append((name, size))
         else:
             num_ignored += 1
