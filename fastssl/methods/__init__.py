@@ -11,10 +11,12 @@ from fastssl.methods.clsa import Clsa, ClsaConfig
 from fastssl.methods.moco import Moco, MocoConfig
 from fastssl.methods.moco_decoder import Autoencoder, AutoencoderConfig, MocoDecoder, MocoDecoderConfig
 from fastssl.methods.swav import Swav, SwavConfig
+from fastssl.methods.unmix_moco import UnmixMoco, UnmixMocoConfig
 
 METHODS: dict[str, tuple[type[Method], type]] = {
     "moco": (Moco, MocoConfig),
     "clsa": (Clsa, ClsaConfig),
+    "unmix_moco": (UnmixMoco, UnmixMocoConfig),
     "moco_decoder": (MocoDecoder, MocoDecoderConfig),
     "autoencoder": (Autoencoder, AutoencoderConfig),
     "swav": (Swav, SwavConfig),

@@ -1,4 +1,7 @@
-"""CLSA: losses against NumPy, whole steps against the published order of events, what must hold for any batch."""
+"""CLSA: losses against NumPy, whole steps against the published order of events, what must hold for any batch.
+
+Two ranks are in test_two_ranks_clsa.py.
+"""
 
 import collections
 import copy
@@ -16,7 +19,6 @@ from fastssl.losses import info_nce
 from fastssl.methods import RunFacts, build_method
 from fastssl.methods.clsa import contrast_and_match
 from fastssl.schedule import Clock
-from tests.fastssl.runs import finish, start
 from tests.fastssl.runs import settings as run_settings
 from tests.fastssl.test_losses import unit
 from tests.fastssl.test_moco import TinyBackbone
@@ -290,28 +292,6 @@ def test_labels_follow_the_global_rank_unless_the_authors_slip_is_asked_for(monk
             [q.detach().numpy() for q in queries], [], torch.cat([keys, method.queue]).numpy(), place, 0.2, 0.3
         )[0]
         assert method(views(0), 0).logs["contrast_loss"].item() == pytest.approx(expected, rel=1e-9)
-
-
-# --- two ranks
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    code, _, err = finish(start("tests.fastssl.two_ranks_clsa", [str(folder)], ranks=2))
-    assert code == 0, err
-    return [torch.load(folder / f"rank-{r}.pt", weights_only=True) for r in (0, 1)]
-
-
-@pytest.mark.dist
-def test_two_ranks_equal_one_on_the_joined_batch(ranks):
-    """Weights, key encoder and queue; float64, batch norm in eval. The reference form's slip is the same slip."""
-    from tests.fastssl.two_ranks_clsa import CLSA, five_steps
-
-    for form, form_settings in CLSA.items():
-        for name, expected in five_steps(clsa(**form_settings), views).items():
-            torch.testing.assert_close(ranks[0][form][name], expected, rtol=0, atol=1e-9, msg=f"{form} {name}")
-            assert torch.equal(ranks[0][form][name], ranks[1][form][name]), f"{form} {name}"
 
 
 # --- settings

@@ -1,0 +1,42 @@
+"""Two gloo ranks: CLSA on two halves is CLSA on the whole; Un-Mix mixes each half with itself and shares the rest."""
+
+import pytest
+import torch
+
+from tests.fastssl.runs import finish, start
+from tests.fastssl.test_clsa import clsa
+from tests.fastssl.test_clsa import views as clsa_views
+from tests.fastssl.test_unmix_moco import published_steps, unmix
+from tests.fastssl.two_ranks_clsa import CLSA, UNMIX, five_steps
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    code, _, err = finish(start("tests.fastssl.two_ranks_clsa", [str(folder)], ranks=2))
+    assert code == 0, err
+    return [torch.load(folder / f"rank-{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("form", CLSA)
+def test_two_ranks_of_clsa_equal_one_on_the_joined_batch(ranks, form):
+    """Weights, key encoder and queue; float64, batch norm in eval. The reference form's slip is the same slip."""
+    for name, expected in five_steps(clsa(**CLSA[form]), clsa_views).items():
+        torch.testing.assert_close(ranks[0][form][name], expected, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("form", UNMIX)
+def test_two_ranks_of_unmix_equal_one_that_mixes_the_batch_by_halves(ranks, form):
+    """A rank's partners are its own and so is its draw; keys, queue and weights are shared."""
+    expected, _ = published_steps(unmix(**UNMIX[form]).eval(), 5, ranks=2)
+    for name, value in expected.items():
+        torch.testing.assert_close(ranks[0][form][name], value, rtol=0, atol=1e-9, msg=name)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("form", [*CLSA, *UNMIX])
+def test_ranks_agree_to_the_bit(ranks, form):
+    for name, value in ranks[0][form].items():
+        assert torch.equal(value, ranks[1][form][name]), name
