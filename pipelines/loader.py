@@ -43,7 +43,8 @@ _READ_THREADS = 8  # they wait for storage rather than work, so they are not cou
 class Batch:
     """One rank's part of a step.
 
-    views   role -> list of (B, 3, S, S) in channels-last memory, as many as the role's specs count together
+    views   role -> list of (B, C, S, S) in channels-last memory, as many as the role's specs count together; C is 3,
+            or the bands of stamps
     labels  int64 (B,), -1 where the data has none
     ids     int64 (B,), rows of the manifest's index
     step    the global step, counted from 0
@@ -61,7 +62,7 @@ class Loader:
     batch_size  the global batch; each rank gets batch_size / world of it
     threads     for the backend; 0 takes the cores of this process divided by the ranks on this host
     prefetch    batches that are being made while the consumer works
-    output      "uint8": raw pixels, for `normalize`; "float32" or "float16": normalised
+    output      "uint8": raw pixels, for `normalize`; "float32" or "float16": normalised. Stamps are always normalised
     order       "global", or "window" for network storage (see order.py)
 
     steps_per_epoch     the same on every rank
@@ -233,6 +234,20 @@ def _check(manifest: Manifest, specs: Sequence[ViewSpec], threads: int, prefetch
         raise ShardError(
             f"{manifest.split} cannot be used: {'; '.join(faults)}. Restore these files, or pack the split again"
         )
+    if manifest.bands:
+        _check_sizes(manifest, max(spec.size for spec in specs))
+
+
+def _check_sizes(manifest: Manifest, largest: int) -> None:
+    """Raises ShardError for a stamp smaller than the largest view: it would stop the run wherever it comes."""
+    index = manifest.index()
+    smaller = np.flatnonzero(np.minimum(index["width"], index["height"]) < largest)
+    if len(smaller):
+        width, height = index[smaller[0]][["width", "height"]]
+        raise ShardError(
+            f"{manifest.member_name(int(smaller[0]))} is {width} x {height} px, smaller than a view of {largest} px"
+            f" ({len(smaller)} of {len(index)} stamps are); lower views.*.size, or pack larger stamps"
+        )
 
 
 def _plain(specs: Sequence[ViewSpec]) -> list[dict[str, Any]]:
@@ -266,7 +281,14 @@ class _Renderer:
         self._manifest, self._specs, self._seed, self._depth, self._device = manifest, specs, seed, depth, device
         self._index = manifest.index()
         self._backend: Backend = make(
-            backend, specs, batch_size, device=device, threads=threads or available_cores(), output=output, depth=depth
+            backend,
+            specs,
+            batch_size,
+            device=device,
+            threads=threads or available_cores(),
+            output=output,
+            depth=depth,
+            bands=manifest.bands,
         )
         self._reader = Reader(manifest, _READ_THREADS)
         self._in_backend: deque[tuple[int, Order]] = deque()

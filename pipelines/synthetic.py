@@ -17,6 +17,7 @@ from pipelines.philox import check_seed, philox
 from pipelines.views import ViewSpec, by_role, flatten, normalize
 
 _POOL_BYTES = 2**24  # random bytes in all; every view is a stretch of them, so that a batch costs one copy
+_MIDDLE, _DEVIATION = 127.5, 73.9  # of bytes that are all equally likely
 _BLOCK = 0x10000  # of the counter; far from the blocks of `pipelines.draw`
 
 
@@ -25,6 +26,9 @@ class SyntheticLoader:
 
     The pixels of a view are a pure function of (seed, epoch, sample, view), so ranks and resumes behave as with real
     data. num_classes 0 means no labels: all -1. `close` does nothing.
+
+    channels    3 for photographs; of stamps, the bands: their views are floats of mean 0 and deviation 1, whatever
+                `output` says and the views' own mean and std are
     """
 
     def __init__(
@@ -36,6 +40,7 @@ class SyntheticLoader:
         world: int = 1,
         num_samples: int = 4096,
         num_classes: int = 10,
+        channels: int = 3,
         seed: int = 0,
         output: str = "uint8",
         device: str = "cpu",
@@ -45,8 +50,9 @@ class SyntheticLoader:
         self.steps_per_epoch, self.dropped_per_epoch = divmod(num_samples, batch_size)
         self._specs, self._dtype, self._device = specs, getattr(torch, output), torch.device(device)
         self._batch_size, self._rank, self._world, self._seed = batch_size, rank, world, seed
-        self._num_samples, self._num_classes = num_samples, num_classes
+        self._num_samples, self._num_classes, self._channels = num_samples, num_classes, channels
         what = ["synthetic", [dataclasses.asdict(spec) for spec in specs], batch_size, num_samples, num_classes, seed]
+        what += [channels]
         self.fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         generator = torch.Generator().manual_seed(seed % 2**63)
         self._pool = torch.randint(256, (_POOL_BYTES,), dtype=torch.uint8, generator=generator).to(self._device)
@@ -75,12 +81,16 @@ class SyntheticLoader:
         return Batch(views, labels, ids, step)
 
     def _noise(self, view: int, spec: ViewSpec, epoch: int, rows: Order) -> Tensor:
-        length = 3 * spec.size**2
+        length = self._channels * spec.size**2
         words, _, _, _ = philox(self._seed, (_BLOCK, view, rows, epoch))
         starts = torch.from_numpy((words % np.uint64(_POOL_BYTES - length)).astype(np.int64)).to(self._device)
-        pixels = self._pool.unfold(0, length, 1)[starts].view(-1, spec.size, spec.size, 3).permute(0, 3, 1, 2)
-        return (
-            pixels
-            if self._dtype == torch.uint8
-            else normalize(pixels, spec.augment.mean, spec.augment.std, self._dtype)
-        )
+        pixels = self._pool.unfold(0, length, 1)[starts].view(-1, spec.size, spec.size, self._channels)
+        pixels = pixels.permute(0, 3, 1, 2)
+        floats = torch.float16 if self._dtype == torch.float16 else torch.float32
+        if spec.shows == "positive":
+            return (pixels >= _MIDDLE).to(floats)
+        if self._channels != 3:
+            return ((pixels - _MIDDLE) / _DEVIATION).to(floats)
+        if self._dtype == torch.uint8:
+            return pixels
+        return normalize(pixels, spec.augment.mean, spec.augment.std, self._dtype)

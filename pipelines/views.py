@@ -18,7 +18,7 @@ CROPS = ("random_resized", "center", "turned")
 class ViewSpec:
     """`count` views of one recipe, drawn independently of each other.
 
-    role    the name under which a method finds them: `Batch.views[role]` is a list of tensors (B, 3, S, S), of all
+    role    the name under which a method finds them: `Batch.views[role]` is a list of tensors (B, C, S, S), of all
             specs with that role in their order
     size    S, side of the square output in px
     crop    "random_resized": area fraction uniform in `scale`, aspect log-uniform in `ratio` (width / height), ten

@@ -16,6 +16,7 @@ import torch
 from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec
 
+BACKENDS = ("dali", "exact", "stamps")
 OUTPUTS = ("uint8", "float32", "float16")
 
 
@@ -34,16 +35,20 @@ class Job:
 
 
 class Backend(Protocol):
-    """Built as `make(specs, batch_size, device, threads, output, depth)`; batch_size is the largest B of a job."""
+    """Built as `make(specs, batch_size, device, threads, output, depth)`, that of stamps with `bands` too.
+
+    batch_size is the largest B of a job.
+    """
 
     depth: int
 
     def submit(self, job: Job) -> None: ...
 
     def collect(self) -> list[torch.Tensor]:
-        """The views of the oldest job, in `flatten` order, each (B, 3, S, S) in channels-last memory.
+        """The views of the oldest job, in `flatten` order, each (B, C, S, S) in channels-last memory.
 
-        uint8 output is raw pixels 0..255; float32 and float16 are normalised with the spec's mean and std.
+        uint8 output is raw pixels 0..255; float32 and float16 are normalised with the spec's mean and std. Views of
+        stamps are always the latter, float32 where the output is uint8.
         Raises DecodeError naming the sample if one cannot be decoded.
         """
         ...
@@ -55,31 +60,68 @@ class DecodeError(RuntimeError):
     """A sample that no decoder accepts; the message names shard and member."""
 
 
-def chosen(name: str, device: str) -> str:
-    """What `auto` stands for on `device`; any other name is itself."""
+def chosen(name: str, device: str, bands: int = 0) -> str:
+    """What `auto` stands for on `device`, for stamps of `bands` bands or photographs (0); any other name is itself."""
     if name != "auto":
         return name
+    if bands:
+        return "stamps"
     # DALI's faithful colour on a CPU takes longer than Pillow's (docs/pipelines.md has both).
     return "exact" if device == "cpu" else "dali"
 
 
 def make(
-    name: str, specs: Sequence[ViewSpec], batch_size: int, *, device: str, threads: int, output: str, depth: int
+    name: str,
+    specs: Sequence[ViewSpec],
+    batch_size: int,
+    *,
+    device: str,
+    threads: int,
+    output: str,
+    depth: int,
+    bands: int = 0,
 ) -> Backend:
-    """The backend `name`: dali, exact, or auto (dali on a GPU, the fastest faithful one on a CPU).
+    """The backend `name`: dali, exact, stamps, or auto (dali on a GPU, the fastest faithful one on a CPU; stamps for
+    stamps).
 
     device  "cpu" or a CUDA device such as "cuda:0"
-    Raises ValueError with the remedy for an unknown name, or when a backend's package is not installed.
+    bands   of the stamps, as `Manifest.bands` has it; 0 for photographs
+    Raises ValueError with the remedy for an unknown name, for views or a backend that the data cannot have, or when a
+    backend's package is not installed.
     """
     if output not in OUTPUTS:
         raise ValueError(f"loader.output is {output!r}, but must be one of {', '.join(OUTPUTS)}")
-    name = chosen(name, device)
+    name = chosen(name, device, bands)
+    if name not in BACKENDS:
+        raise ValueError(f"loader.backend is {name!r}, but must be auto or one of {', '.join(BACKENDS)}")
+    if bool(bands) != (name == "stamps"):
+        what = f"these shards hold stamps of {bands} bands" if bands else "these shards hold photographs"
+        raise ValueError(f"loader.backend is {name!r}, but {what}; leave it at auto")
+    if name == "stamps":
+        from pipelines.backends.stamps import StampsBackend
+
+        return StampsBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth, bands=bands)
+    _check_photographs(specs)
     if name == "exact":
         from pipelines.backends.exact import ExactBackend
 
         return ExactBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
-    if name == "dali":
-        from pipelines.backends.dali import DaliBackend
+    from pipelines.backends.dali import DaliBackend
 
-        return DaliBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
-    raise ValueError(f"loader.backend is {name!r}, but must be auto, dali or exact")
+    return DaliBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
+
+
+def _check_photographs(specs: Sequence[ViewSpec]) -> None:
+    for spec in specs:
+        wrong = {
+            "crop": (spec.crop, spec.crop == "turned"),
+            "shows": (spec.shows, spec.shows == "positive"),
+            "augment.stretch": (spec.augment.stretch, spec.augment.stretch != "none"),
+            "augment.mean": (spec.augment.mean, len(spec.augment.mean) != 3),
+        }
+        for key, (value, is_wrong) in wrong.items():
+            if is_wrong:
+                raise ValueError(
+                    f"views.{spec.role}.{key} is {value!r}, but that is for stamps, and these shards hold photographs;"
+                    " pack stamps with `shard_tools pack hdf5`, or set it as for a photograph"
+                )
