@@ -20,6 +20,7 @@ from fastssl.losses import info_nce
 from fastssl.methods import RunFacts, build_method, unmix_moco
 from fastssl.methods.unmix_moco import mixture_info_nce
 from fastssl.mixing import MixingConfig, Mixture, draw_mixture, mix
+from tests.fastssl.runs import assert_same_state
 from tests.fastssl.runs import settings as run_settings
 from tests.fastssl.test_losses import unit
 from tests.fastssl.test_mixing import MIXTURES
@@ -266,8 +267,11 @@ def test_views_of_other_roles_are_refused_by_name():
         build_method({"name": "unmix_moco"}, TinyBackbone(), RunFacts({"global": 2}))
 
 
-def test_a_run_from_the_command_line_logs_both_parts(tiny_shards, tmp_path):
-    arguments = ["method=unmix_moco", *run_settings(tiny_shards, tmp_path, "run.duration=4steps")]
-    assert train.run(config.load(arguments)) == 0
-    last = read_metrics(tmp_path)[-1]
+def test_a_run_in_two_pieces_repeats_the_mixtures_of_one_run(tiny_shards, tmp_path):
+    once, pieces = tmp_path / "once", tmp_path / "pieces"
+    for folder, more in ((once, []), (pieces, ["run.stop_after=3steps"]), (pieces, [])):
+        arguments = ["method=unmix_moco", *run_settings(tiny_shards, folder, "run.duration=6steps", *more)]
+        assert train.run(config.load(arguments)) == 0
+    assert_same_state(once, pieces)
+    last = read_metrics(once)[-1]
     assert last["loss"] == pytest.approx(last["original_loss"] + last["mixture_loss"], rel=1e-5)
