@@ -328,7 +328,7 @@ def _describe(
     """What is about to happen, so that a wrong number is seen before the night and not after it."""
     cfg, method = training.cfg, training.method
     share = cfg.run.batch_size // dist.world()
-    backend = chosen(cfg.loader.backend, str(training.device))
+    backend = chosen(cfg.loader.backend, str(training.device), manifest.bands)
     yield (
         f"{cfg.method['name']} on {cfg.encoder.name}: {training.device.type}, {cfg.run.precision}, "
         f"{dist.world()} rank(s), {torch.get_num_threads()} compute thread(s), "
