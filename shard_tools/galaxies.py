@@ -8,7 +8,6 @@ fitted to it: for trying the tools, not for astronomy. (GalSim: Rowe et al. 2015
 from __future__ import annotations
 
 import math
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,7 @@ def simulate(path: Path, *, num: int, size: int = 96, seed: int = 0, workers: in
             for number, (pixels, label) in enumerate(in_order(partial(galaxy, seed, size), range(num), workers)):
                 images[number], labels[number] = pixels, label
                 bar.advance(pixels.nbytes)
-        os.replace(partial_path, path)
+        disk.put_in_place(path)
 
 
 def galaxy(seed: int, size: int, number: int) -> tuple[npt.NDArray[np.float32], int]:

@@ -53,7 +53,7 @@ def _labels(src: Path, group: Any, name: str, num: int) -> tuple[list[int], tupl
     if num and not -1 <= min(labels) <= max(labels) < 10**6:
         raise ShardError(f"{src}: {name} goes from {min(labels)} to {max(labels)}; classes are counted from 0")
     given = found.attrs.get("classes")
-    return labels, numbered_classes(set(labels), None if given is None else tuple(map(str, given)), src)
+    return labels, numbered_classes(set(labels), None if given is None else tuple(map(_text, given)), src)
 
 
 def _names(src: Path, group: Any, name: str, num: int) -> list[str]:
@@ -62,7 +62,11 @@ def _names(src: Path, group: Any, name: str, num: int) -> list[str]:
         return [f"{row:09d}" for row in range(num)]
     if found.shape != (num,):
         raise ShardError(f"{src}: {name} is not one name for each of {num} stamps; correct or remove it")
-    return [str(one, "utf-8", "backslashreplace") if isinstance(one, bytes) else str(one) for one in found[:].tolist()]
+    return [_text(one) for one in found[:].tolist()]
+
+
+def _text(value: Any) -> str:
+    return str(value, "utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def _read(path: str, dataset: str, item: Item) -> bytes:

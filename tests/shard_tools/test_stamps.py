@@ -195,12 +195,16 @@ def test_unlabelled_stamps_of_another_dataset_are_packed(tmp_path: Path) -> None
     assert set(payloads(manifest)) == {stamps.encode(stamp(i)[0]) for i in range(3)}
 
 
-def test_classes_are_named_by_the_labels_attribute(tmp_path: Path) -> None:
+@pytest.mark.parametrize("names", [["spiral", "lens"], np.array([b"spiral", b"lens"])])
+def test_classes_are_named_by_the_labels_attribute(tmp_path: Path, names: Any) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["images"] = np.zeros((2, 1, 4, 4))
         file["labels"] = [1, 0]
-        file["labels"].attrs["classes"] = ["spiral", "lens"]
-    assert hdf5.open_source(tmp_path / "a.h5", "train").classes == ("spiral", "lens")
+        file["labels"].attrs["classes"] = names
+        file["obj_ids"] = ["DES J0001", "DES J0002"]
+    source = hdf5.open_source(tmp_path / "a.h5", "train")
+    assert source.classes == ("spiral", "lens")
+    assert [item.name for item in source.items] == ["images/DES J0001", "images/DES J0002"]
 
 
 @pytest.mark.parametrize(
