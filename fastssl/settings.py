@@ -25,7 +25,8 @@ class ConvConfig:
 class EncoderConfig:
     """The backbone.
 
-    name    resnet10, resnet18, resnet26, resnet34, resnet50, resnet101, resnet152, timm/NAME for any timm model, or conv
+    name    resnet10, resnet18, resnet26 (bottlenecks), resnet34, resnet50, resnet101, resnet152, timm/NAME for any timm
+            model, or conv
     stem    "imagenet": 7x7 stride 2 and max-pool; "small": 3x3 stride 2, no pool, for about 64 px, or 32 px in a hurry;
             "cifar": 3x3 stride 1, no pool, for about 32 px
     width   multiplies the channels of every stage (resnet50 with width 2 is SwAV's RN50w2)

@@ -12,6 +12,7 @@ from fastssl.methods.moco import Moco, MocoConfig
 from fastssl.methods.moco_decoder import Autoencoder, AutoencoderConfig, MocoDecoder, MocoDecoderConfig
 from fastssl.methods.swav import Swav, SwavConfig
 from fastssl.methods.unmix_moco import UnmixMoco, UnmixMocoConfig
+from fastssl.methods.unmix_swav import UnmixSwav, UnmixSwavConfig
 
 METHODS: dict[str, tuple[type[Method], type]] = {
     "moco": (Moco, MocoConfig),
@@ -20,6 +21,7 @@ METHODS: dict[str, tuple[type[Method], type]] = {
     "moco_decoder": (MocoDecoder, MocoDecoderConfig),
     "autoencoder": (Autoencoder, AutoencoderConfig),
     "swav": (Swav, SwavConfig),
+    "unmix_swav": (UnmixSwav, UnmixSwavConfig),
 }
 
 __all__ = ["METHODS", "Method", "Output", "RunFacts", "build_method"]

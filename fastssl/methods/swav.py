@@ -33,6 +33,25 @@ ASSIGNED = 2  # views of role `global`: the ones whose codes are predicted
 
 
 @dataclass(frozen=True)
+class Queue:
+    """Embeddings of past images: rows (2, L, C), the newest first, of which `filled` are there."""
+
+    rows: Tensor
+    filled: int
+
+    @property
+    def full(self) -> bool:
+        return 0 < self.rows.shape[1] == self.filled
+
+    @torch.no_grad()
+    def push(self, embeddings: Tensor) -> Queue:
+        """With (2, B, C) in front; the oldest fall out."""
+        length = self.rows.shape[1]
+        rows = torch.cat([embeddings.to(self.rows.dtype), self.rows], 1)[:, :length]
+        return Queue(rows, min(self.filled + embeddings.shape[1], length))
+
+
+@dataclass(frozen=True)
 class SwavConfig:
     """The presets swav, swav_2x224, swav_w2 and swav_w4 hold the published values.
 
@@ -103,10 +122,10 @@ class Swav(Method):
     def forward(self, views: Views, step: int) -> Output:
         crops = [*views["global"], *views.get("local", ())]
         embeddings = self.embed(crops)
-        scores = self.scores(embeddings)
-        codes = [self.codes(scores[i].detach(), self.queue[i]) for i in range(ASSIGNED)]
+        scores, queue = self.scores(embeddings), Queue(self.queue, self.num_queued)
+        codes = self.codes(scores[:ASSIGNED], queue)
         loss = swapped_prediction(scores, codes, self.config.temperature)
-        return Output(loss, self.logs(embeddings, codes), carry=self.to_queue(embeddings[:ASSIGNED], step))
+        return Output(loss, self.logs(embeddings, codes), carry=self.pushed(queue, embeddings[:ASSIGNED], step))
 
     def backbone(self) -> nn.Module:
         return self.encoder
@@ -127,11 +146,11 @@ class Swav(Method):
 
     @torch.no_grad()
     def after_step(self, output: Output) -> None:
-        """Push this rank's embeddings (2, B, C) in front of its queue."""
-        if output.carry is not None:
-            length = self.queue.shape[1]
-            self.queue.copy_(torch.cat([output.carry.to(self.queue.dtype), self.queue], 1)[:, :length])
-            self.num_queued = min(self.num_queued + output.carry.shape[1], length)
+        """Put the queue that the forward left in place of the one it read."""
+        queue: Queue = output.carry
+        if queue.rows is not self.queue:
+            self.queue.copy_(queue.rows)
+            self.num_queued = queue.filled
 
     def embed(self, crops: Sequence[Tensor]) -> Tensor:
         """(V, B, C) unit embeddings, in the order of the crops."""
@@ -146,23 +165,20 @@ class Swav(Method):
             return self.prototypes(embeddings)
 
     @torch.no_grad()
-    def codes(self, scores: Tensor, queue: Tensor) -> Tensor:
-        """(B, P) codes of one view's scores, balanced over all ranks and, once it is full, with the queue's rows.
+    def codes(self, scores: Tensor, queue: Queue) -> list[Tensor]:
+        """Codes (B, P) of the first views' scores (2 or 1, B, P), balanced over all ranks and, if full, with the queue.
 
         The queue's old embeddings meet today's prototypes, as in the authors' code.
         """
-        if self.queue_is_full():
-            scores = torch.cat([self.scores(queue), scores])
+        if queue.full:
+            scores = torch.cat([self.scores(queue.rows[: len(scores)]), scores], 1)
         settings = self.config
-        codes = sinkhorn(scores, settings.epsilon, settings.sinkhorn_iterations, settings.hard_assignment)
-        return codes[len(queue) :] if self.queue_is_full() else codes
+        codes = [sinkhorn(s, settings.epsilon, settings.sinkhorn_iterations, settings.hard_assignment) for s in scores]
+        return [c[queue.rows.shape[1] :] for c in codes] if queue.full else codes
 
-    def queue_is_full(self) -> bool:
-        return 0 < self.queue.shape[1] == self.num_queued
-
-    def to_queue(self, embeddings: Tensor, step: int) -> Tensor | None:
-        """What `after_step` shall push: the embeddings (2, B, C), or None if no queue is filled at this step."""
-        return embeddings.detach() if self.queue.shape[1] and step >= self.queue_from else None
+    def pushed(self, queue: Queue, embeddings: Tensor, step: int) -> Queue:
+        """The queue with the embeddings (2, B, C) in front; the same before `queue_from` or if there is none."""
+        return queue.push(embeddings) if self.queue.shape[1] and step >= self.queue_from else queue
 
     def logs(self, embeddings: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
         logs = {"feature_std": feature_std(embeddings[0]), "prototype_entropy": usage_entropy(torch.stack(list(codes)))}

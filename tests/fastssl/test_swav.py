@@ -17,6 +17,7 @@ from fastssl import checkpoint, config, train
 from fastssl.log import read_metrics
 from fastssl.losses import sinkhorn, swapped_prediction, usage_entropy
 from fastssl.methods import RunFacts, build_method
+from fastssl.methods.swav import Queue, SwavConfig
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.schedule import Clock, learning_rate
@@ -182,33 +183,53 @@ def train_steps(method, steps, views=views, model=None):
     return losses
 
 
-def published_steps(method, steps, queue_length, queue_from, freeze):
-    """The authors' order of events: queue scores, push, Sinkhorn, view by view; LARC and SGD by hand."""
+def published_loss(z, scores, prototypes, queues, pushes, reverse=False):
+    """The authors' loss of crop-major rows: queue scores, push, Sinkhorn, view by view.
+
+    queues      a deque of past rows a view, the newest first, used when it is full
+    reverse     the first view's rows are assigned in the reverse order (Un-Mix)
+    """
+    num_views, loss = len(z) // BATCH, 0.0
+    for i in range(2):
+        order = np.arange(BATCH)[::-1] if reverse and i == 0 else np.arange(BATCH)
+        out, pushed = (x.detach().numpy()[i * BATCH : (i + 1) * BATCH][order] for x in (scores, z))
+        if queues[i].maxlen and len(queues[i]) == queues[i].maxlen:
+            out = np.concatenate([np.stack(list(queues[i])) @ prototypes.detach().numpy().T, out])
+        if pushes:
+            queues[i].extendleft(pushed[::-1])
+        code = torch.from_numpy(oracle.sinkhorn([out], 0.05, 3)[0][-BATCH:])
+        for v in range(num_views):
+            if v != i:
+                x = scores[v * BATCH : (v + 1) * BATCH] / 0.1
+                log_p = x - x.exp().sum(1, keepdim=True).log()
+                loss = loss - (code * log_p).sum(1).mean() / (num_views - 1) / 2
+    return loss
+
+
+def published_swav(step, crops, network, prototypes, queues, pushes):
+    z = network(crops)
+    return published_loss(z, z @ prototypes.T, prototypes, queues, pushes)
+
+
+def published_steps(method, steps, queue_length, queue_from, freeze, loss_of_step=published_swav, views=views):
+    """The authors' order of events, with LARC and SGD by hand."""
     trunk, head = copy.deepcopy(method.encoder), copy.deepcopy(method.projection_head)
     prototypes = method.prototypes.weight.detach().clone().requires_grad_()
     queues = [collections.deque(maxlen=queue_length) for _ in range(2)]
     parameters = [*trunk.parameters(), *head.parameters(), prototypes]
     velocities, losses = [None] * len(parameters), []
+
+    def network(crops):
+        sizes = sorted({len(c[0, 0]) for c in crops}, reverse=True)
+        z = head(torch.cat([trunk(torch.cat([c for c in crops if len(c[0, 0]) == size])) for size in sizes]))
+        return z / z.norm(dim=1, keepdim=True)
+
     for step in range(steps):
         with torch.no_grad():
             prototypes /= prototypes.norm(dim=1, keepdim=True)
-        big, small = views(step)["global"], views(step)["local"]
-        z = head(torch.cat([trunk(torch.cat(big)), trunk(torch.cat(small))]))
-        z = z / z.norm(dim=1, keepdim=True)
-        scores = z @ prototypes.T
-        loss = 0.0
-        for i in range(2):
-            rows = slice(i * BATCH, (i + 1) * BATCH)
-            out = scores[rows].detach().numpy()
-            if queue_length and len(queues[i]) == queue_length:
-                out = np.concatenate([np.stack(list(queues[i])) @ prototypes.detach().numpy().T, out])
-            if queue_length and step >= queue_from:
-                queues[i].extendleft(z[rows].detach().numpy()[::-1])
-            code = torch.from_numpy(oracle.sinkhorn([out], 0.05, 3)[0][-BATCH:])
-            for v in range(5):
-                if v != i:
-                    x = scores[v * BATCH : (v + 1) * BATCH] / 0.1
-                    loss = loss - (code * (x - x.exp().sum(1, keepdim=True).log())).sum(1).mean() / 4 / 2
+        crops = [c for role in ("global", "local") for c in views(step)[role]]
+        pushes = queue_length > 0 and step >= queue_from
+        loss = loss_of_step(step, crops, network, prototypes, queues, pushes)
         gradients = torch.autograd.grad(loss, parameters)
         with torch.no_grad():
             for n, (p, g) in enumerate(zip(parameters, gradients)):
@@ -216,7 +237,20 @@ def published_steps(method, steps, queue_length, queue_from, freeze):
                     moved, velocities[n] = oracle.larc(p.numpy(), g.numpy(), velocities[n], LR[step], 0.9, 1e-3, 0.1)
                     p.copy_(torch.from_numpy(moved))
         losses.append(loss.item())
-    return trunk, head, prototypes, queues, losses
+    return {"encoder": trunk, "projection_head": head, "prototypes": prototypes, "queues": queues, "losses": losses}
+
+
+def assert_same_training(method, losses, published):
+    """Weights, batch norm, prototypes, both queues and every loss; float64."""
+    assert losses == pytest.approx(published["losses"], rel=0, abs=1e-9)
+    for part in ("encoder", "projection_head"):
+        theirs = published[part].state_dict()
+        for name, ours in getattr(method, part).state_dict().items():
+            torch.testing.assert_close(ours, theirs[name], rtol=0, atol=1e-9, msg=name)
+    torch.testing.assert_close(method.prototypes.weight, published["prototypes"], rtol=0, atol=1e-9)
+    for ours, theirs in zip(method.queue, published["queues"]):
+        assert len(theirs) == len(ours) == theirs.maxlen
+        np.testing.assert_allclose(ours, np.array(theirs).reshape(ours.shape), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(("queue_length", "queue_from"), [(0, 0), (8, 1), (11, 0)])
@@ -227,15 +261,8 @@ def test_five_steps_equal_the_published_order_of_events(queue_length, queue_from
     """
     method = swav(queue_length=queue_length, queue_from=f"{queue_from}steps", freeze_prototypes="2steps")
     rows = queue_length // BATCH * BATCH
-    trunk, head, prototypes, queues, losses = published_steps(method, 5, rows, queue_from, freeze=2)
-    assert train_steps(method, 5) == pytest.approx(losses, rel=0, abs=1e-9)
-    for ours, theirs in ((method.encoder, trunk), (method.projection_head, head)):
-        for (name, a), b in zip(ours.state_dict().items(), theirs.state_dict().values()):
-            torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=name)
-    torch.testing.assert_close(method.prototypes.weight, prototypes, rtol=0, atol=1e-9)
-    for ours, theirs in zip(method.queue, queues):
-        assert len(theirs) == len(ours) == rows
-        np.testing.assert_allclose(ours, np.array(theirs).reshape(rows, 5), rtol=0, atol=1e-9)
+    published = published_steps(method, 5, rows, queue_from, freeze=2)
+    assert_same_training(method, train_steps(method, 5), published)
 
 
 def test_the_queue_matters_once_it_is_full_and_not_before():
@@ -253,9 +280,10 @@ def test_the_queue_is_used_exactly_when_its_length_in_steps_has_passed(batches, 
     method = swav(queue_length=batches * BATCH + spare, queue_from=f"{start}steps")
     deque = collections.deque(maxlen=batches * BATCH)
     for step in range(8):
-        assert method.queue_is_full() == (step >= start + batches)
+        queue = Queue(method.queue, method.num_queued)
+        assert queue.full == (step >= start + batches)
         z = torch.arange(2 * BATCH, dtype=torch.float64).view(2, BATCH, 1).expand(2, BATCH, 5) + 100 * step
-        method.after_step(type("O", (), {"carry": method.to_queue(z, step)})())
+        method.after_step(type("O", (), {"carry": method.pushed(queue, z, step)})())
         if step >= start:
             deque.extendleft(z[1, :, 0].flip(0).tolist())
     assert method.queue[1, : len(deque), 0].tolist() == list(deque)
@@ -376,8 +404,6 @@ def test_presets_hold_the_published_crops_and_chain(preset, crops, hidden):
 
 
 def test_a_preset_lists_every_setting_of_the_method():
-    from fastssl.methods.swav import SwavConfig
-
     assert config.load(["method=swav", "data.root=x"]).method == SwavConfig().__dict__
 
 
