@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import Backend, DecodeError, Job, make
 from pipelines.draw import ViewDraws, draw_view
@@ -31,6 +32,7 @@ MOCO_V1 = AugmentSpec(
 MOCO_V2 = AugmentSpec(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale_p=0.2, blur_p=0.5)
 SWAV = AugmentSpec(jitter_p=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale_p=0.2, blur_p=0.5)
 SOLARIZE = replace(MOCO_V2, solarize_p=0.5)
+CLSA = replace(MOCO_V2, strong_draws=5)
 
 RECIPES = {
     "moco_v1": [ViewSpec("query", 224, augment=MOCO_V1), ViewSpec("key", 224, augment=MOCO_V1)],
@@ -39,13 +41,19 @@ RECIPES = {
         ViewSpec("global", 224, count=2, scale=(0.14, 1.0), augment=SWAV),
         ViewSpec("local", 96, count=6, scale=(0.05, 0.14), augment=SWAV),
     ],
+    "clsa": [
+        ViewSpec("key", 224, augment=MOCO_V2),
+        ViewSpec("query", 224, augment=MOCO_V2),
+        ViewSpec("strong", 96, scale=(0.086, 0.429), augment=CLSA),
+    ],
     "solarize": [ViewSpec("query", 32, augment=SOLARIZE)],
     "center": [ViewSpec("image", 224, crop="center", resize=256, augment=AugmentSpec(flip_p=0.0))],
 }
-# Every operation, a size that is no multiple of 4, and two views that differ: as much as fits into little time.
+# Every operation, a size that is no multiple of 4, and views that differ: as much as fits into little time.
 SMALL = [
     ViewSpec("global", 42, scale=(0.3, 1.0), augment=replace(SWAV, solarize_p=0.3)),
     ViewSpec("local", 31, scale=(0.1, 0.3), augment=replace(MOCO_V1, jitter_p=0.7)),
+    ViewSpec("strong", 27, augment=AugmentSpec(strong_draws=4)),
 ]
 CENTER = [ViewSpec("image", 64, crop="center", resize=72, augment=AugmentSpec(flip_p=0.0))]
 
@@ -134,7 +142,8 @@ def test_views_are_channels_last_and_stay_what_they_are_while_later_jobs_run(fil
 
 @pytest.mark.parametrize(("output", "tolerance"), [("float32", 1e-5), ("float16", 2e-3)])
 def test_float_outputs_are_the_normalised_pixels(files: list[bytes], output: str, tolerance: float) -> None:
-    specs = [replace(SMALL[0], augment=replace(SMALL[0].augment, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))), SMALL[1]]
+    augment = replace(SMALL[0].augment, mean=(0.1, 0.5, 0.9), std=(0.2, 0.3, 0.4))
+    specs = [replace(SMALL[0], augment=augment), *SMALL[1:]]
     job = job_of(specs, files)
     for floats, pixels, spec in zip(render(specs, job, output=output), render(specs, job), specs, strict=True):
         expected = normalize(pixels, spec.augment.mean, spec.augment.std, torch.float32)
@@ -211,11 +220,47 @@ def test_pngs_of_16_bits_are_scaled_where_pillow_clips_them() -> None:
 def test_images_of_extreme_shapes_become_views_of_the_right_size(photos: list[Image.Image]) -> None:
     sizes = [(1, 1), (1, 90), (90, 1), (700, 3), (3000, 2000)]
     files = [encode(photos[0].resize(size), "png") for size in sizes]
-    for specs in (SMALL, [replace(CENTER[0], size=8, resize=8)]):
+    for specs in (SMALL[:2], [replace(CENTER[0], size=8, resize=8)]):  # strong draws can amplify any difference
         job = job_of(specs, files)
         for view, exact in zip(render(specs, job), render(specs, job, "exact"), strict=True):
             assert view.shape == exact.shape
             assert mean_difference(view, exact) < 1.0
+
+
+def strong_job(spec: ViewSpec, files: Sequence[bytes], name: str) -> Job:
+    """Every strong draw is the operation `name`: at level 1 for the first file, 2 for the second, ...; then turned."""
+    job = job_of([spec], files)
+    places = np.arange(len(files), dtype=np.int8)[:, None] * np.ones(spec.augment.strong_draws, dtype=np.int8)
+    draws = replace(
+        job.draws[0],
+        strong_operation=np.full_like(places, strong.POOL.index(name)),
+        strong_level=1 + places % strong.LEVELS,
+        strong_sign=1 - 2 * (places // strong.LEVELS % 2),
+    )
+    return Job(job.images, [draws], job.names)
+
+
+STRONG_ONLY = ViewSpec("a", 32, crop="center", resize=32, augment=AugmentSpec(flip_p=0.0, strong_draws=1))
+
+
+@pytest.mark.parametrize("name", strong.POOL)
+def test_images_of_one_colour_become_under_strong_draws_what_pillow_makes_of_them(name: str) -> None:
+    """No channel has a range that could be stretched, no histogram that could be equalized."""
+    colours = [(0, 0, 0), (255, 255, 255), (0, 255, 77), (130, 129, 128)]
+    job = strong_job(STRONG_ONLY, [encode(Image.new("RGB", (32, 32), colour), "png") for colour in colours], name)
+    (view,), (exact,) = render([STRONG_ONLY], job), render([STRONG_ONLY], job, "exact")
+    assert (view.int() - exact.int()).abs().max() <= 1
+
+
+def test_strong_draws_of_a_view_are_done_in_their_order(photos: list[Image.Image]) -> None:
+    spec = replace(STRONG_ONLY, augment=AugmentSpec(flip_p=0.0, strong_draws=3))
+    job = strong_job(spec, [encode(photos[0].resize((32, 32)), "png")] * 6, "solarize")
+    names = list(permutations(("contrast", "solarize", "translate_x")))
+    job.draws[0].strong_operation[:] = [[strong.POOL.index(name) for name in order] for order in names]
+    job.draws[0].strong_level[:] = 3
+    (view,), (exact,) = render([spec], job), render([spec], job, "exact")
+    assert torch.equal(view, exact)
+    assert len(torch.unique(view, dim=0)) == 4  # only solarize and translate_x commute, when one follows the other
 
 
 BAD_FILES = {

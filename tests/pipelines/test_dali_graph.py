@@ -114,7 +114,8 @@ def test_only_the_operations_that_a_spec_can_use_leave_nodes() -> None:
     ]
     used = {recipe: {op for op, _ in operators(build(recipe, "cpu"))} for recipe in SPECS}
     assert {recipe for recipe in SPECS if "LookupTable" in used[recipe]} == {"solarize", "small"}
-    assert {recipe for recipe in SPECS if "Filter" in used[recipe]} == {"moco_v2", "swav", "solarize", "small"}
+    assert {recipe for recipe in SPECS if "Filter" in used[recipe]} == {"moco_v2", "swav", "clsa", "solarize", "small"}
+    assert {recipe for recipe in SPECS if "WarpAffine" in used[recipe]} == {"clsa", "small"}
 
 
 def test_the_images_of_a_batch_are_decoded_once_for_all_views() -> None:

@@ -18,10 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import Job
 from pipelines.views import ViewSpec
-from tests.pipelines.test_dali import MOCO_V1, MOCO_V2, SWAV, job_of, render
+from tests.pipelines.test_dali import CLSA, MOCO_V1, MOCO_V2, SWAV, job_of, render, strong_job
 from tests.shards import encode
 
 dali = pytest.importorskip("nvidia.dali")
@@ -45,11 +46,17 @@ def _jitter(**strengths: float) -> ViewSpec:
 
 @dataclass(frozen=True)
 class Case:
-    """tolerance: of the mean absolute difference over all pixels, in grey levels of 0..255."""
+    """tolerance: of the mean absolute difference over all pixels, in grey levels of 0..255.
+
+    strong: the operation that all strong draws are, at all levels in turn and both ways; "" leaves them random
+    """
 
     spec: ViewSpec
     tolerance: float
+    strong: str = ""
 
+
+STRONG = {"equalize": 0.3}  # tolerances other than 0.01
 
 CASES = {
     "crop and resize to 224 px": Case(ViewSpec("a", 224, augment=NOTHING), 0.2),
@@ -71,6 +78,10 @@ CASES = {
     "view of MoCo v2": Case(ViewSpec("a", 224, augment=MOCO_V2), 0.5),
     "global view of SwAV": Case(ViewSpec("a", 224, scale=(0.14, 1.0), augment=SWAV), 0.5),
     "local view of SwAV": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=SWAV), 0.5),
+    **{f"strong {name}": Case(_only(strong_draws=1), STRONG.get(name, 0.01), name) for name in strong.POOL},
+    "five strong draws": Case(_only(strong_draws=5), 0.5),
+    "strong view of CLSA, 224 px": Case(ViewSpec("a", 224, augment=CLSA), 1.0),
+    "strong view of CLSA, 96 px": Case(ViewSpec("a", 96, scale=(0.086, 0.429), augment=CLSA), 1.0),
 }
 
 
@@ -95,12 +106,12 @@ def photographs(photos: list[Image.Image]) -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def measured(photographs: list[Image.Image]) -> dict[str, Difference]:
-    return {name: _measure(case.spec, photographs) for name, case in CASES.items()}
+    return {name: _measure(case, photographs) for name, case in CASES.items()}
 
 
-def _job(spec: ViewSpec, photographs: list[Image.Image]) -> Job:
+def _job(case: Case, photographs: list[Image.Image]) -> Job:
     """Different parts of the photographs; squares of the view's size where the crop is to do nothing."""
-    rng = np.random.default_rng(11)
+    spec, rng = case.spec, np.random.default_rng(11)
     files = []
     for i in range(NUM_SAMPLES):
         photo = photographs[i % len(photographs)]
@@ -111,11 +122,11 @@ def _job(spec: ViewSpec, photographs: list[Image.Image]) -> Job:
             files.append(encode(part.resize((spec.size, spec.size), Image.Resampling.BICUBIC), "png"))
         else:
             files.append(encode(part.resize((side, side * 3 // 4), Image.Resampling.BICUBIC), "jpg"))
-    return job_of([spec], files)
+    return strong_job(spec, files, case.strong) if case.strong else job_of([spec], files)
 
 
-def _measure(spec: ViewSpec, photographs: list[Image.Image]) -> Difference:
-    job = _job(spec, photographs)
+def _measure(case: Case, photographs: list[Image.Image]) -> Difference:
+    spec, job = case.spec, _job(case, photographs)
     (view,), (exact,) = render([spec], job), render([spec], job, "exact")
     return _difference(view.numpy(), exact.numpy(), _untouched(spec, job))
 
@@ -180,7 +191,7 @@ def test_what_dali_itself_calls_contrast_and_hue_is_far_outside(
 ) -> None:
     """Contrast around 128 and hue in YIQ: the test above would fail with them, by more than a factor of ten."""
     case = CASES[name]
-    job = _job(case.spec, photographs)
+    job = _job(case, photographs)
     (exact,) = render([case.spec], job, "exact")
     untouched = _untouched(case.spec, job)
     images = np.ascontiguousarray(untouched.transpose(0, 2, 3, 1))

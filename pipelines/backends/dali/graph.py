@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 from nvidia.dali import Pipeline, fn, pipeline_def, types
 from nvidia.dali import math as node_math
 
@@ -27,12 +28,15 @@ Node = Any  # nvidia.dali.data_node.DataNode, whose operators are not typed
 Inputs = dict[str, Node]
 Source = Callable[[], list[Any]]
 
-_TYPES = {"bool": types.BOOL, "int32": types.INT32, "float32": types.FLOAT}
+_TYPES = {"bool": types.BOOL, "uint8": types.UINT8, "int32": types.INT32, "float32": types.FLOAT}
 _OUTPUT_TYPES = {"float32": types.FLOAT, "float16": types.FLOAT16}
 
 # Pillow's ImageEnhance cuts the fraction off, DALI rounds. Not 0.5, so that whole numbers stay what they are.
 _CUT = -0.4999
 _CUT_SHIFT = _CUT / 255  # in the units of `brightness_shift`
+
+_SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], dtype=np.float32) / 13  # Pillow's ImageFilter.SMOOTH
+_OVER_ALL_PIXELS: dict[str, Any] = {"axis_names": "HW", "keep_dims": True}  # a statistic (1, 1, 3)
 
 
 def make_graph(specs: Sequence[ViewSpec], source: Source, *, device: str, output: str, **options: Any) -> Pipeline:
@@ -56,9 +60,15 @@ def _graph(specs: Sequence[ViewSpec], source: Source, device: str, output: str) 
         ndim=[1] + [values.ndim - 1 for values in arrays],
     )
     image = _decode(encoded, device)
+    constants = {}
+    if any(spec.augment.strong_draws > 0 for spec in specs):
+        constants = {
+            "smooth": types.Constant(_SMOOTH, device=device),
+            "smooth_place": types.Constant(np.array([[0, 0], [1, 1]], dtype=np.int32)),
+        }
     views = []
     for spec, names in zip(specs, described):
-        given = dict(zip(names, numbers))
+        given = constants | dict(zip(names, numbers))
         if device == "gpu":  # kernels are data, which must be where the images are; all else must stay on the CPU
             given |= {name: given[name].gpu() for name in ("blur_rows", "blur_columns") if name in given}
         numbers = numbers[len(names) :]
@@ -98,6 +108,8 @@ def _view(image: Node, spec: ViewSpec, given: Inputs, device: str, output: str) 
         x = _gaussian_blur(x, given["blur_rows"], given["blur_columns"])
     if given.get("solarize", False):
         x = _solarize(x, augment.solarize_threshold)
+    for draw in range(augment.strong_draws):
+        x = _strong_draw(x, given, f"strong{draw}_", spec.size, device)
     return x if output == "uint8" else _normalize(x, augment, output)
 
 
@@ -145,15 +157,17 @@ def _contrast(x: Node, factor: Node, device: str) -> Node:
 
 
 def _saturation(x: Node, factor: Node, strength: float) -> Node:
-    """Away from or towards the luma: x * f + luma * (1 - f), in int16 with as many bits behind the point as fit.
+    """Away from or towards the luma. fn.saturation is the same up to rounding, but takes twice as long on a CPU."""
+    return _blend(x, _grayscale(x), factor, strength)
 
-    fn.saturation is the same up to rounding, but takes twice as long on a CPU.
-    """
+
+def _blend(x: Node, without: Node, factor: Node, strength: float) -> Node:
+    """x * f + without * (1 - f), cut off, for f <= 1 + strength: in int16 with as many bits behind the point as fit."""
     bits = max(0, int(math.log2(32767 / (255 * (1 + strength)))))
     one = float(2**bits)
     scaled = fn.brightness(x, brightness=factor * one, dtype=types.INT16)
-    scaled_luma = fn.brightness(_grayscale(x), brightness=(1.0 - factor) * one, dtype=types.INT16)
-    return fn.cast((scaled + scaled_luma) >> bits, dtype=types.UINT8)
+    scaled_without = fn.brightness(without, brightness=(1.0 - factor) * one, dtype=types.INT16)
+    return fn.cast((scaled + scaled_without) >> bits, dtype=types.UINT8)
 
 
 def _hue(x: Node, augment: AugmentSpec, given: Inputs) -> Node:
@@ -217,6 +231,70 @@ def _gaussian_blur(x: Node, rows: Node, columns: Node) -> Node:
 def _solarize(x: Node, threshold: int) -> Node:
     values = [value if value < threshold else 255 - value for value in range(256)]
     return fn.lookup_table(x, keys=list(range(256)), values=values, dtype=types.UINT8)
+
+
+def _strong_draw(x: Node, given: Inputs, draw: str, size: int, device: str) -> Node:
+    """One of the strong draws, whose inputs begin with `draw`. A sample needs one of these operations or none.
+
+    The splits are the price on a CPU: what lies within costs next to nothing as long as few samples need it.
+    """
+    if given[draw + "moves"]:
+        x = fn.warp_affine(x, matrix=given[draw + "matrix"], interp_type=types.INTERP_NN, fill_value=0)
+    if given[draw + "masks"]:
+        x = _posterize_or_solarize(x, given[draw + "mask"])
+    if given[draw + "auto_contrast"]:
+        x = _auto_contrast(x)
+    if given[draw + "equalize"]:
+        x = _equalize(x)
+    if given[draw + "brightness"]:
+        x = _brightness(x, given[draw + "factor"])
+    if given[draw + "contrast"]:
+        x = _contrast(x, given[draw + "factor"], device)
+    if given[draw + "saturation"]:
+        x = _saturation(x, given[draw + "factor"], strength=0.0)
+    if given[draw + "sharpness"]:
+        x = _blend(x, _smooth(x, given, size), given[draw + "factor"], strength=0.0)
+    return x
+
+
+def _posterize_or_solarize(x: Node, mask: Node) -> Node:
+    """mask: the bits to keep, and the largest value that is not inverted. One of the two is 255 and changes nothing.
+
+    All in uint8. Tables would take long to build: DALI needs 45 us for each number that is an argument.
+    """
+    bits, largest = mask[0], mask[1]
+    return (x & bits) ^ ((x > largest) * bits)
+
+
+def _auto_contrast(x: Node) -> Node:
+    """Each channel from low..high to 0..255. A channel of one value stays as it is."""
+    low, high = fn.reductions.min(x, **_OVER_ALL_PIXELS), fn.reductions.max(x, **_OVER_ALL_PIXELS)
+    width = high - low
+    start = (width == 0) * low + _CUT
+    return fn.cast((x - low) * (255.0 / node_math.max(width, 1)) + start, dtype=types.UINT8)
+
+
+def _equalize(x: Node) -> Node:
+    """Per channel: (pixels of smaller value) / step, where step = (pixels below the largest value) // 255.
+
+    fn.equalize counts the pixels of the same value too, but not those of the smallest: so from the negative image it
+    makes the negative of what is wanted. Its step is not a whole number, for which `below / (255 * step)` makes up.
+    """
+    levels = _negative(fn.equalize(_negative(x)))
+    is_below = fn.cast(x < fn.reductions.max(x, **_OVER_ALL_PIXELS), dtype=types.UINT8)
+    below = fn.cast(fn.reductions.sum(is_below, **_OVER_ALL_PIXELS), dtype=types.INT32)
+    below = node_math.max(below, 255)  # there are none in a channel of one value, which fn.equalize leaves as it is
+    return fn.cast(levels * (below / (255 * (below // 255))), dtype=types.UINT8)
+
+
+def _negative(x: Node) -> Node:
+    return fn.brightness(x, brightness=-1.0, brightness_shift=1.0)
+
+
+def _smooth(x: Node, given: Inputs, size: int) -> Node:
+    """Pillow's SMOOTH, which keeps the pixels along the border as they are."""
+    inside = fn.filter(x, given["smooth"], mode="valid")
+    return fn.multi_paste(x, inside, out_anchors=given["smooth_place"], output_size=[size, size])
 
 
 def _normalize(x: Node, augment: AugmentSpec, output: str) -> Node:

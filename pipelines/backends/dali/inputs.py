@@ -5,18 +5,28 @@ The graph declares its inputs by calling `arrays` on one blank sample, so what i
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the numbers in ViewDraws.order
 
+# The flags of a strong draw, and the operations that each stands for. identity has none.
+_STRONG_FLAGS = {
+    "moves": ("rotate", "shear_x", "shear_y", "translate_x", "translate_y"),
+    "masks": ("posterize", "solarize"),
+} | {name: (name,) for name in ("auto_contrast", "brightness", "contrast", "equalize", "saturation", "sharpness")}
+
 _BOX_PASSES = 3  # Pillow's GaussianBlur is three box blurs
+_PILLOW_UNIT = 2.0**-16  # px; Pillow's affine transformations count in whole numbers of it
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -34,12 +44,14 @@ def arrays(spec: ViewSpec, draws: ViewDraws) -> Arrays:
         inputs |= {"blur": draws.sigma > 0, "blur_rows": rows, "blur_columns": rows.swapaxes(1, 2)}
     if augment.solarize_p > 0:
         inputs["solarize"] = draws.solarize
+    for draw in range(augment.strong_draws):
+        inputs |= {f"strong{draw}_{name}": values for name, values in _strong_draw(spec.size, draws, draw).items()}
     return {name: np.ascontiguousarray(values) for name, values in inputs.items()}
 
 
 def blank_draws() -> ViewDraws:
     """One sample of 1 x 1 px to which nothing is done."""
-    no_draws = np.zeros((1, 0), dtype=np.int8)
+    strong_draws = np.full((1, 16), -1, dtype=np.int8)  # as many as an AugmentSpec may ask for
     flag, number = np.zeros(1, dtype=np.bool_), np.zeros(1, dtype=np.float32)
     return ViewDraws(
         crop=np.array([[0, 0, 1, 1]], dtype=np.int32),
@@ -54,9 +66,9 @@ def blank_draws() -> ViewDraws:
         grayscale=flag,
         sigma=number,
         solarize=flag,
-        strong_operation=no_draws,
-        strong_level=no_draws,
-        strong_sign=no_draws,
+        strong_operation=strong_draws,
+        strong_level=np.ones_like(strong_draws),
+        strong_sign=np.ones_like(strong_draws),
     )
 
 
@@ -75,6 +87,61 @@ def jitter_steps(augment: AugmentSpec) -> list[int]:
         if strengths[number] > 0 and number not in others[-1:]:
             others.append(number)
     return [*others, HUE, *others] if augment.hue > 0 else others
+
+
+def _strong_draw(size: int, draws: ViewDraws, draw: int) -> Arrays:
+    """Draw number `draw` of each sample."""
+    operation, level, sign = draws.strong_operation[:, draw], draws.strong_level[:, draw], draws.strong_sign[:, draw]
+    levels = range(1, strong.LEVELS + 1)
+    factors = np.array([0.0, *map(strong.enhance_factor, levels)], dtype=np.float32)
+    # The bits of a value to keep, and the largest value that is not inverted.
+    posterize = [(-(2 ** (8 - strong.posterize_bits(v))) % 256, 255) for v in levels]
+    solarize = [(255, strong.solarize_threshold(v) - 1) for v in levels]
+    masks = np.array([posterize, solarize], dtype=np.uint8)
+    return {
+        **{flag: np.isin(operation, list(map(strong.POOL.index, names))) for flag, names in _STRONG_FLAGS.items()},
+        "matrix": _matrices(size)[operation, level, sign],
+        "mask": masks[(operation == strong.POOL.index("solarize")).astype(np.intp), level - 1],
+        "factor": factors[level],
+    }
+
+
+@functools.lru_cache(maxsize=16)  # a matrix at a time would take longer than all other arrays
+def _matrices(size: int) -> npt.NDArray[np.float32]:
+    """(operation, level, sign, 2, 3): from a place (x, y, 1) in the output to the place in the input that it shows.
+
+    In px from the corner of the image, rounded as Pillow rounds. Otherwise a shear of 0.12, where every 25th line falls
+    between two pixels, would take the other one.
+    """
+    matrices = np.empty((len(strong.POOL), strong.LEVELS + 1, 3, 2, 3), dtype=np.float32)  # sign -1 is the last of 3
+    for place, level, sign in np.ndindex(*matrices.shape[:3]):
+        matrix = _matrix(strong.POOL[place], level, 1 - 2 * (sign == 2), size)
+        first = _rounded(matrix @ [0.5, 0.5, 1.0])  # of the first pixel's centre
+        matrix = _rounded(matrix)
+        matrix[:, 2] = first - matrix[:, :2] @ [0.5, 0.5]
+        matrices[place, level, sign] = matrix
+    return matrices
+
+
+def _matrix(name: str, level: int, sign: int, size: int) -> npt.NDArray[np.float64]:
+    matrix = np.eye(2, 3)
+    if name == "rotate":
+        angle = math.radians(strong.rotate_deg(level, sign))
+        matrix[:, :2] = [[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]]
+        matrix[:, 2] = size / 2 - matrix[:, :2] @ [size / 2, size / 2]
+    elif name == "shear_x":
+        matrix[0, 1] = strong.shear(level, sign)
+    elif name == "shear_y":
+        matrix[1, 0] = strong.shear(level, sign)
+    elif name == "translate_x":
+        matrix[0, 2] = strong.translate_px(level, sign, size)
+    elif name == "translate_y":
+        matrix[1, 2] = strong.translate_px(level, sign, size)
+    return matrix
+
+
+def _rounded(px: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.floor(px / _PILLOW_UNIT + 0.5) * _PILLOW_UNIT
 
 
 def _crop_window(spec: ViewSpec, draws: ViewDraws) -> Arrays:
