@@ -350,12 +350,6 @@ def _describe(
         yield f"a loss of {chance:.3f} is chance level; it may rise at first, while a queue fills with real keys"
     for sentence in method.advice():
         yield f"warning: {sentence}"
-    queue = cfg.method.get("queue_length", 0)
-    if queue >= manifest.num_samples:
-        yield (
-            f"warning: method.queue_length {queue} is not smaller than the {manifest.num_samples} images, so that a "
-            f"query meets its own older keys as negatives; a quarter of the data set or less is usual"
-        )
     if start:
         yield f"resumed at step {start}"
 

@@ -66,6 +66,7 @@ class MomentumMethod(Method):
     def __init__(self, backbone: nn.Module, config: MomentumConfig, facts: RunFacts) -> None:
         super().__init__()
         self.seed = facts.seed
+        self.images_per_epoch = facts.clock.steps_per_epoch * facts.clock.batch_size
         self.momentum, self.batch_norm = config.momentum, config.batch_norm
         self.encoder_q = Encoder(backbone, config.dim, config.head)
         self._choose_batch_norm(config.split_groups)
@@ -75,6 +76,14 @@ class MomentumMethod(Method):
 
     def backbone(self) -> nn.Module:
         return self.encoder_q.backbone
+
+    def advice(self) -> list[str]:
+        if len(self.queue) < self.images_per_epoch:
+            return []
+        return [
+            f"method.queue_length {len(self.queue)} is not smaller than the {self.images_per_epoch} images of an epoch, "
+            f"so that a query meets its own older keys as negatives; a quarter of the data set or less is usual"
+        ]
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:

@@ -77,7 +77,7 @@ class SwavConfig:
     hard_assignment: bool = False
     queue_length: int = 0
     queue_from: str = "15ep"
-    freeze_prototypes: str = "313steps"
+    freeze_prototypes: str = "1ep"
     batch_norm: Literal["sync", "plain"] = "sync"
     merge_crops: bool = True
 

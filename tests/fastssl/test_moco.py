@@ -11,6 +11,7 @@ from torch import nn
 
 from fastssl.methods import RunFacts, build_method
 from fastssl.nn.split_batchnorm import SplitBatchNorm2d, split_batchnorm_
+from fastssl.schedule import Clock
 
 ROLES = {"query": 1, "key": 1}
 
@@ -174,6 +175,16 @@ def test_split_batch_norm_names_the_setting_when_the_batch_does_not_divide():
 def test_chance_level_is_the_log_of_the_number_of_candidates():
     assert moco().chance_level() == pytest.approx(math.log(12))
     assert moco(symmetric=True).chance_level() == pytest.approx(2 * math.log(12))
+
+
+def test_a_queue_as_long_as_an_epoch_is_advised_against():
+    def advice(batches):
+        facts = RunFacts(ROLES, clock=Clock(steps_per_epoch=batches, batch_size=4))
+        return build_method({"name": "moco", "queue_length": 12}, TinyBackbone(), facts).advice()
+
+    assert advice(4) == []
+    (sentence,) = advice(3)
+    assert sentence.startswith("method.queue_length 12 is not smaller than the 12 images of an epoch")
 
 
 def test_a_network_that_knows_nothing_scores_chance():

@@ -381,6 +381,25 @@ def test_the_recipe_of_batch_256_has_the_published_learning_rates_and_queue():
 
 
 @pytest.mark.parametrize(
+    ("recipe", "batch", "epochs", "queue", "queue_from", "freeze"),
+    [
+        ("swav_4096", 4096, "100ep", 0, "15ep", "313steps"),
+        ("swav_256", 256, "200ep", 3840, "15ep", "5005steps"),
+        ("swav_w2", 4096, "400ep", 0, "15ep", "313steps"),
+        ("swav_w4", 2560, "400ep", 2560, "0ep", "313steps"),
+    ],
+)
+def test_recipes_hold_the_published_queue_and_length(recipe, batch, epochs, queue, queue_from, freeze):
+    cfg = config.load([f"recipe={recipe}", "data.root=x"])
+    assert (cfg.run.batch_size, cfg.run.duration) == (batch, epochs)
+    keys = ("queue_length", "queue_from", "freeze_prototypes")
+    assert tuple(cfg.method[key] for key in keys) == (queue, queue_from, freeze)
+    assert cfg.optim.lr == (0.6 if batch == 256 else 4.8)
+    assert cfg.optim.warmup == ("0steps" if batch == 256 else "10ep")
+    assert cfg.data.std == (0.228, 0.224, 0.225)
+
+
+@pytest.mark.parametrize(
     ("preset", "crops", "hidden"),
     [
         ("swav_2x224", [(2, 224, (0.08, 1.0))], 2048),
@@ -508,11 +527,11 @@ def test_a_batch_norm_of_another_kind_cannot_be_synchronised():
 
 
 def settings(shards, run_dir, *more):
-    """Seven steps an epoch, 12 in all: frozen for 3, a queue of two batches from step 2."""
+    """Seven steps an epoch, 12 in all: frozen for 5, a queue of two batches from step 2."""
     return [
         "method=swav", "encoder=resnet10_narrow", "encoder.width=0.25", "encoder.stem=small", "method.dim=8",
         "method.hidden=16", "method.num_prototypes=20", "method.queue_length=16", "method.queue_from=2steps",
-        "method.freeze_prototypes=3steps", "views.global.size=32", "views.local.size=16", "views.local.count=2",
+        "method.freeze_prototypes=5steps", "views.global.size=32", "views.local.size=16", "views.local.count=2",
         "optim=lars_swav_256", f"data.root={shards}", f"run.dir={run_dir}", "run.device=cpu", "run.batch_size=8",
         "run.duration=12steps", "run.log_every=3", "run.save_every=2steps", "run.threads=1", "loader.threads=1", *more,
     ]  # fmt: skip
