@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -16,6 +14,7 @@ from torch import Tensor
 from fastssl import checkpoint, config
 from fastssl.settings import Config
 from fastssl.show_views import ShowConfig
+from fastssl.stamp_pictures import colours, light, picture, scale_of, to_image
 from pipelines.loader import read_once
 from pipelines.views import normalize
 from shard_tools.manifest import Manifest
@@ -32,8 +31,6 @@ exit codes: 0 done, 2 a setting, the checkpoint or the data is wrong
 
 CELL_PX, GAP_PX, TITLE_PX = 144, 8, 22
 COLUMNS = ("query view", "drawn from its code", "difference")
-
-Pixels = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -81,57 +78,33 @@ def reconstruct(method: torch.nn.Module, cfg: Config, manifest: Manifest, show: 
             f"views.ids holds {max(show.ids)}, but {manifest.root} has samples 0 to {manifest.num_samples - 1}"
         )
     query = next(spec for spec in cfg.view_specs() if spec.role == "query")
-    mean, std = query.augment.mean, query.augment.std
     (batch,) = read_once(
         manifest, [query], batch_size=len(show.ids), rows=list(show.ids), seed=cfg.run.seed, epoch=show.epoch
     )
     (images,) = batch.views["query"]
     if images.dtype == torch.uint8:
-        images = normalize(images, mean, std, torch.float32)
+        images = normalize(images, query.augment.mean, query.augment.std, torch.float32)
     drawn = method.eval().reconstruct(images)  # type: ignore[operator]
-    scale, shift = torch.tensor(std).view(1, -1, 1, 1), torch.tensor(mean).view(1, -1, 1, 1)
-    images, drawn = images * scale + shift, drawn * scale + shift
-    if query.augment.stretch == "log10":
-        images, drawn = 10**images, 10**drawn
-    return images, drawn
+    return light(images, query), light(drawn, query)
 
 
 def draw(images: Tensor, drawn: Tensor) -> Image.Image:
     """One row a sample: the view, the drawing, and their difference around grey, on one scale for the row."""
     rows = []
-    for image, drawing in zip(images.float().numpy(), drawn.float().numpy()):
-        scale = max(float(np.quantile(image, 0.995)), 1e-6)
-        apart = (_colours(drawing) - _colours(image)) / (2 * scale) + 0.5
-        rows.append(
-            [_picture(_stretch(_colours(image), scale)), _picture(_stretch(_colours(drawing), scale)), _picture(apart)]
-        )
+    for image, drawing in zip(images.numpy(), drawn.numpy()):
+        scale = scale_of(image)
+        apart = to_image((colours(drawing) - colours(image)) / (2 * scale) + 0.5)
+        cells = [picture(image, scale), picture(drawing, scale), apart]
+        rows.append([cell.resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST) for cell in cells])
     size = (GAP_PX + len(COLUMNS) * (CELL_PX + GAP_PX), TITLE_PX + len(rows) * (CELL_PX + GAP_PX))
-    picture = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for column, title in enumerate(COLUMNS):
         left = GAP_PX + column * (CELL_PX + GAP_PX)
         pen.text((left, 4), title, "black", font)
         for row, cells in enumerate(rows):
-            picture.paste(cells[column], (left, TITLE_PX + row * (CELL_PX + GAP_PX)))
-    return picture
-
-
-def _colours(pixels: Pixels) -> Pixels:
-    """(C, S, S) -> (3, S, S): RGB as it is; of more bands, which go from blue to red, the third, second and first."""
-    if len(pixels) > 3:
-        return pixels[[2, 1, 0]]
-    return pixels if len(pixels) == 3 else pixels[:1].repeat(3, axis=0)
-
-
-def _stretch(pixels: Pixels, scale: float) -> Pixels:
-    """asinh, which shows a galaxy's core and its faint arms together (Lupton et al., astro-ph/0312483)."""
-    return np.arcsinh(10 * pixels / scale) / np.arcsinh(np.float32(10))
-
-
-def _picture(pixels: Pixels) -> Image.Image:
-    """(3, S, S) in [0, 1], clipped, enlarged or reduced to a cell."""
-    values = (pixels.clip(0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
-    return Image.fromarray(values).resize((CELL_PX, CELL_PX), Image.Resampling.NEAREST)
+            sheet.paste(cells[column], (left, TITLE_PX + row * (CELL_PX + GAP_PX)))
+    return sheet
 
 
 if __name__ == "__main__":

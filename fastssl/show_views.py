@@ -18,11 +18,13 @@ from torch import Tensor
 
 from fastssl import config
 from fastssl.settings import require
+from fastssl.stamp_pictures import colours, light, picture, scale_of, to_image
 from pipelines import backends, strong
 from pipelines.draw import ViewDraws, draw_view
 from pipelines.reader import Reader
 from pipelines.views import ViewSpec, flatten
 from shard_tools.manifest import Manifest
+from shard_tools.stamps import decode
 
 HELP = """
 fastssl-views: a picture of the augmented views, one row a sample: the original with its crops marked, then each view
@@ -107,15 +109,34 @@ def render(
     numbered = flatten(specs)
     draws = [draw_view(spec, view, seed, epoch, rows, index["width"], index["height"]) for view, spec in numbered]
     files = _read(manifest, rows)
-    renderer = backends.make(backend, specs, len(ids), device="cpu", threads=1, output="uint8", depth=1)
+    bands = manifest.bands
+    renderer = backends.make(backend, specs, len(ids), device="cpu", threads=1, output="uint8", depth=1, bands=bands)
     try:
         renderer.submit(backends.Job(files, draws, [manifest.member_name(i) for i in ids]))
         tensors = renderer.collect()
     finally:
         renderer.close()
+    shown = [spec for _, spec in numbered]
+    if bands:
+        return _rendered_stamps([decode(file) for file in files], tensors, draws, shown)
     originals = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
     views = [[_to_image(view) for view in tensor] for tensor in tensors]
-    return Rendered(originals, views, draws, [spec for _, spec in numbered])
+    return Rendered(originals, views, draws, shown)
+
+
+def _rendered_stamps(
+    stamps: Sequence[np.ndarray], tensors: Sequence[Tensor], draws: list[ViewDraws], specs: list[ViewSpec]
+) -> Rendered:
+    """Originals and views of a sample on one scale; a view of where pixels are positive is white there."""
+    scales = [scale_of(stamp) for stamp in stamps]
+    views = []
+    for tensor, spec in zip(tensors, specs):
+        pixels = light(tensor, spec).numpy()
+        if spec.shows == "positive":
+            views.append([to_image(colours(stamp)) for stamp in pixels])
+        else:
+            views.append([picture(stamp, scale) for stamp, scale in zip(pixels, scales)])
+    return Rendered([picture(stamp, scale) for stamp, scale in zip(stamps, scales)], views, draws, specs)
 
 
 def draw_grid(rendered: Rendered, names: Sequence[str], caption: str = "") -> Image.Image:
@@ -186,7 +207,20 @@ def _with_crops(rendered: Rendered, b: int, cell: int) -> Image.Image:
             top, left, height, width = (scale * int(x) for x in draws.crop[b])
             right, bottom = min(left + width, fitted.width - 1), min(top + height, fitted.height - 1)
             pen.rectangle((left, top, right, bottom), outline=COLOURS[view % len(COLOURS)], width=2)
+        elif spec.crop == "turned" and spec.shows == "pixels":
+            corners = [(scale * x, scale * y) for x, y in _turned_corners(draws, b, original.size)]
+            pen.polygon(corners, outline=COLOURS[view % len(COLOURS)], width=2)
     return fitted
+
+
+def _turned_corners(draws: ViewDraws, b: int, size: tuple[int, int]) -> list[tuple[float, float]]:
+    """Where the corners of a turned window lie in the image before it was turned counter-clockwise, as x, y in px."""
+    top, left, height, width = (int(number) for number in draws.crop[b])
+    centre_x, centre_y = size[0] / 2, size[1] / 2
+    sine, cosine = math.sin(math.radians(draws.turn_deg[b])), math.cos(math.radians(draws.turn_deg[b]))
+    corners = [(left, top), (left + width, top), (left + width, top + height), (left, top + height)]
+    around = [(x - centre_x, y - centre_y) for x, y in corners]
+    return [(centre_x + cosine * x - sine * y, centre_y + sine * x + cosine * y) for x, y in around]
 
 
 def _title(specs: Sequence[ViewSpec], view: int) -> str:

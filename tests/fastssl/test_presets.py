@@ -88,11 +88,12 @@ def test_a_preset_trains_and_resumes_to_the_same_bits(preset, tmp_path):
 
     pieces = build[0](*build[1])
     train(cfg, pieces, 0, 2)
-    state = {"optimizer": pieces.optimizer.state_dict()}
+    state = {"optimizer": pieces.optimizer.state_dict(), "scaler": pieces.scaler.state_dict()}
     folder = checkpoint.save(tmp_path, 2, pieces.method, state, {}, 2, pieces.method.rank_state())
     resumed = build[0](*build[1])
     saved = checkpoint.restore(folder, resumed.method, torch.device("cpu"))
     resumed.optimizer.load_state_dict(saved["optimizer"])
+    resumed.scaler.load_state_dict(saved["scaler"])
     assert resumed.method.load_rank_state(checkpoint.load_rank_state(folder)) is None
     train(cfg, resumed, 2, 3)
     ours, theirs = everything(once), everything(resumed)
