@@ -78,12 +78,12 @@ class MomentumMethod(Method):
         return self.encoder_q.backbone
 
     def advice(self) -> list[str]:
-        if len(self.queue) < self.images_per_epoch:
-            return []
-        return [
-            f"method.queue_length {len(self.queue)} is not smaller than the {self.images_per_epoch} images of an epoch, "
-            f"so that a query meets its own older keys as negatives; a quarter of the data set or less is usual"
-        ]
+        length, images = len(self.queue), self.images_per_epoch
+        sentence = (
+            f"method.queue_length {length} is not smaller than the {images} images of an epoch, so that a query meets "
+            "its own older keys as negatives; a quarter of the data set or less is usual"
+        )
+        return [sentence] if length >= images else []
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
