@@ -165,6 +165,7 @@ def _synthetic(cfg: Config, device: torch.device) -> SyntheticLoader:
         rank=dist.rank(),
         world=dist.world(),
         seed=cfg.run.seed,
+        channels=cfg.encoder.channels,
         output=view_output(cfg, device),
         device=str(device),
     )

@@ -236,7 +236,7 @@ class LinearProtocol:
     """How one linear layer is trained. Defaults are MoCo's.
 
     batch_size  global; lr is for this batch unless scale_lr multiplies it with batch_size / 256
-    schedule    per epoch: "step" multiplies with gamma at each of milestones, "cosine" falls to 0 at `epochs`
+    schedule    per epoch: "step" multiplies with gamma at each of milestones, "cosine" falls to final_lr at `epochs`
     init_std    of the weights' normal start; the bias starts at 0
     """
 
@@ -248,13 +248,14 @@ class LinearProtocol:
     schedule: Literal["step", "cosine"] = "step"
     milestones: tuple[int, ...] = (60, 80)
     gamma: float = 0.1
+    final_lr: float = 0.0
     init_std: float = 0.01
     scale_lr: bool = False
 
     def lr_at(self, epoch: int) -> float:
         base = self.lr * self.batch_size / 256 if self.scale_lr else self.lr
         if self.schedule == "cosine":
-            return base * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
+            return self.final_lr + (base - self.final_lr) * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
         return base * self.gamma ** sum(epoch >= milestone for milestone in self.milestones)
 
 

@@ -46,7 +46,7 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=knn_moco_cifar the same with k 200 and temperature 0.1
   evaluator=linear         features once, a sweep of learning rates and weight decays, chosen by held-out train data
   evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
-  evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav: SwAV's
+  evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav, linear_clsa: theirs
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0
   view.size=0 view.resize=0 (px, 0: as in training)        eval.out=FOLDER|FILE.json
@@ -261,7 +261,11 @@ def _published(task: Task, settings: ProtocolSettings) -> Report:
             on_epoch=_say_epoch(settings),
         )  # fmt: skip
     scaled = "scaled by batch/256" if settings.scale_lr else "not scaled by the batch"
-    schedule = "cosine" if settings.schedule == "cosine" else f"x{settings.gamma:g} at {list(settings.milestones)}"
+    schedule = (
+        f"cosine to {settings.final_lr:g}"
+        if settings.schedule == "cosine"
+        else f"x{settings.gamma:g} at {list(settings.milestones)}"
+    )
     return Report(
         {
             f"{settings.name}/top1": result.top1,

@@ -55,7 +55,7 @@ class SweepSettings:
 class ProtocolSettings(LinearProtocol):
     """A published protocol: how the layer trains, and its training view (random resized crop and flip)."""
 
-    name: Literal["linear_moco", "linear_swav"] = "linear_moco"
+    name: Literal["linear_moco", "linear_swav", "linear_clsa"] = "linear_moco"
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5
@@ -83,6 +83,7 @@ EVALUATORS: dict[str, type[Settings]] = {
     "linear": SweepSettings,
     "linear_moco": ProtocolSettings,
     "linear_swav": ProtocolSettings,
+    "linear_clsa": ProtocolSettings,
 }
 
 
