@@ -28,7 +28,6 @@ def test_train_mode_measures_loader_step_and_both(tiny_shards, tmp_path, capsys)
         assert 0 < measured["step_s_median"] <= measured["step_s_p95"]
     assert result["loader"]["data_wait"] > 0.9
     assert result["step"]["data_wait"] < 0.1
-    assert result["train"]["images_per_s"] < 1.1 * min(result["loader"]["images_per_s"], result["step"]["images_per_s"])
     assert result["config"]["run"]["batch_size"] == 8
     assert {"cpu", "cores", "torch"} <= result["machine"].keys()
     assert "bottleneck: the " in capsys.readouterr().out
