@@ -98,8 +98,10 @@ def _strong_draw(size: int, draws: ViewDraws, draw: int) -> Arrays:
     posterize = [(-(2 ** (8 - strong.posterize_bits(v))) % 256, 255) for v in levels]
     solarize = [(255, strong.solarize_threshold(v) - 1) for v in levels]
     masks = np.array([posterize, solarize], dtype=np.uint8)
+    # The last column is that of operation -1, which is nothing.
+    stands_for = np.array([[name in names for name in (*strong.POOL, "")] for names in _STRONG_FLAGS.values()])
     return {
-        **{flag: np.isin(operation, list(map(strong.POOL.index, names))) for flag, names in _STRONG_FLAGS.items()},
+        **dict(zip(_STRONG_FLAGS, stands_for[:, operation])),
         "matrix": _matrices(size)[operation, level, sign],
         "mask": masks[(operation == strong.POOL.index("solarize")).astype(np.intp), level - 1],
         "factor": factors[level],
