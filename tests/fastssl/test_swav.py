@@ -289,7 +289,7 @@ def test_the_queue_is_used_exactly_when_its_length_in_steps_has_passed(batches, 
     assert method.queue[1, : len(deque), 0].tolist() == list(deque)
 
 
-def test_a_queues_length_is_each_ranks_share_and_its_filling_is_logged():
+def test_the_filling_of_a_queue_is_logged():
     method = swav(queue_length=8, queue_from="0steps")
     filled = []
     for step in range(4):
