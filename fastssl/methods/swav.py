@@ -1,6 +1,6 @@
 """SwAV: each view of an image predicts the cluster that another view was assigned to, among prototypes that are learnt.
 
-Caron et al., arXiv:2006.09882. Departures from the authors' code, none of which changes a step's numbers but the last:
+Caron et al., arXiv:2006.09882. Departures from the authors' code; in float32 only the last changes a step's numbers:
 - embeddings enter the queue after the optimiser step instead of between its scores and Sinkhorn: nothing reads them
   in between;
 - the queue counts what it holds instead of testing its last row for zeros, and is saved at any step;
@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class SwavConfig:
-    """The presets swav, swav_2x224, swav_w2 and swav_w4 hold the published values.
+    """The recipes swav_256, swav_4096, swav_w2 and swav_w4 hold the published values; presets leave length and queue open.
 
     hidden              width of the projection head's hidden layer
     epsilon             Sinkhorn's entropy weight (losses.sinkhorn); sinkhorn_iterations: its rounds
