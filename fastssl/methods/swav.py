@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class SwavConfig:
-    """The recipes swav_256, swav_4096, swav_w2 and swav_w4 hold the published values; presets leave length and queue open.
+    """The presets hold the published values; the recipes swav_256, swav_4096, swav_w2, swav_w4 add queue, freezing, length.
 
     hidden              width of the projection head's hidden layer
     epsilon             Sinkhorn's entropy weight (losses.sinkhorn); sinkhorn_iterations: its rounds
