@@ -53,7 +53,7 @@ class Queue:
 
 @dataclass(frozen=True)
 class SwavConfig:
-    """The presets hold the published values; the recipes swav_256, swav_4096, swav_w2, swav_w4 add queue, freezing, length.
+    """The presets hold the published values; the recipes of SwAV add the queue, the freezing and the length of a run.
 
     hidden              width of the projection head's hidden layer
     epsilon             Sinkhorn's entropy weight (losses.sinkhorn); sinkhorn_iterations: its rounds
