@@ -16,6 +16,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastssl import dist
+from fastssl.evaluate.settings import PlacementSettings
+from fastssl.evaluate.task import Report, Task, percent
+
 # N images, D width of the codes
 
 MIRRORINGS = {"left_right": (-1,), "up_down": (-2,), "both": (-2, -1)}  # dimensions of (B, C, S, S)
@@ -97,3 +101,36 @@ def draw_histogram(placed: dict[str, Tensor], num_images: int, out: Path, title:
     axes.legend()
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=130)
+
+
+def evaluate_placement(task: Task, settings: PlacementSettings) -> Report:
+    codes = task.features(task.train).features
+    placed = {}
+    for name, dims in MIRRORINGS.items():
+        mirrored = task.features(task.train, Mirrored(task.subject.backbone, dims))
+        placed[name] = placements(codes, mirrored.features, settings.metric)
+    summaries = {name: Placed(ranks).summary() for name, ranks in placed.items()}
+    summaries["all"] = Placed(torch.cat(list(placed.values()))).summary()
+    path = task.result_path(settings.name)
+    if settings.picture and path is not None and dist.rank() == 0:
+        draw_histogram(placed, len(codes), path.with_suffix(".png"), task.subject.label)
+    view = task.subject.view
+    return Report(
+        {f"placement/{key}": value for key, value in summaries["all"].items()},
+        f"placement of mirrored copies by {settings.metric} distance among {len(codes):,} images of "
+        f"{task.train.split}, 1 is nearest; {codes.shape[1]} features of {task.subject.label}, "
+        f"{task.cfg.run.precision}, {view.size} px",
+        ("mirrored", "in first place", "median", "mean", "max", "mean 1/rank"),
+        [
+            (
+                n.replace("_", "-"),
+                percent(s["first"]),
+                f"{s['median']:g}",
+                f"{s['mean']:.1f}",
+                f"{s['max']:g}",
+                f"{s['mrr']:.4f}",
+            )
+            for n, s in summaries.items()
+        ],
+        {"mirrorings": summaries},
+    )

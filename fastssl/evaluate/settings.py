@@ -75,18 +75,6 @@ class PlacementSettings:
     picture: bool = True
 
 
-Settings = KnnSettings | SweepSettings | ProtocolSettings | PlacementSettings
-
-EVALUATORS: dict[str, type[Settings]] = {
-    "knn": KnnSettings,
-    "placement": PlacementSettings,
-    "linear": SweepSettings,
-    "linear_moco": ProtocolSettings,
-    "linear_swav": ProtocolSettings,
-    "linear_clsa": ProtocolSettings,
-}
-
-
 @dataclass(frozen=True)
 class EvaluateData:
     """Labelled shards; test_root and test_split may be "", mean and std None (see configs/evaluate.yaml)."""
@@ -142,17 +130,13 @@ class EvaluateConfig:
     run: EvaluateRun = field(default_factory=EvaluateRun)
     eval: EvaluateOut = field(default_factory=EvaluateOut)
 
-    def evaluator_settings(self) -> Settings:
-        """The checked settings of the evaluator. Raises ValueError with key and remedy."""
-        name = str(self.evaluator.get("name"))
-        require(name in EVALUATORS, "evaluator.name", name, f"one of {', '.join(EVALUATORS)}")
-        return config.convert(EVALUATORS[name], self.evaluator, "evaluator")
-
 
 def load(overrides: Sequence[str]) -> EvaluateConfig:
     """From overrides such as "evaluator=knn" to the checked settings. Raises ConfigError."""
+    from fastssl.evaluate.registry import find  # which lists the evaluators, whose settings stand here
+
     cfg = config.convert(EvaluateConfig, config.compose("evaluate", overrides))
-    cfg.evaluator_settings()
+    find(cfg)
     return cfg
 
 

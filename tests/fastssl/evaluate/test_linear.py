@@ -20,6 +20,7 @@ from fastssl.evaluate.linear import (
     train_heads,
     train_linear,
 )
+from fastssl.evaluate.registry import find
 from fastssl.evaluate.settings import load
 from tests.oracle import linear as oracle
 
@@ -180,7 +181,7 @@ def test_schedules_are_those_of_the_papers():
     assert [MOCO.lr_at(e) for e in (0, 59, 60, 79, 80, 99)] == pytest.approx([30, 30, 3, 3, 0.3, 0.3])
     assert SWAV.lr_at(1) == pytest.approx(0.29992598, abs=1e-8)
     assert SWAV.lr_at(99) == pytest.approx(7.4016e-5, rel=1e-5)
-    clsa = load(["evaluator=linear_clsa", "checkpoint=pixels", "data.root=x"]).evaluator_settings()
+    clsa = find(load(["evaluator=linear_clsa", "checkpoint=pixels", "data.root=x"]))[1]
     assert [clsa.lr_at(e) for e in (0, 50, 99)] == pytest.approx([10, 5.005, 0.01246473], rel=1e-6)
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from fastssl import checkpoint
 from fastssl.evaluate.features import features_of
 from fastssl.evaluate.main import main, run
+from fastssl.evaluate.registry import find
 from fastssl.evaluate.settings import load
 from fastssl.evaluate.subject import load_subject
 from shard_tools.manifest import Manifest
@@ -135,7 +136,7 @@ def test_a_published_protocol_runs_on_augmented_views_and_leaves_the_checkpoint_
 
 def test_presets_hold_the_published_values():
     def settings(name):
-        return load([f"evaluator={name}", "checkpoint=pixels", "data.root=X"]).evaluator_settings()
+        return find(load([f"evaluator={name}", "checkpoint=pixels", "data.root=X"]))[1]
 
     moco, swav = settings("linear_moco"), settings("linear_swav")
     assert (moco.lr, moco.weight_decay, moco.momentum, moco.epochs, moco.batch_size) == (30.0, 0.0, 0.9, 100, 256)

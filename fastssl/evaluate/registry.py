@@ -1,0 +1,53 @@
+"""The evaluators by name: their settings, the data they need, and what runs them. The only place that lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from fastssl import config
+from fastssl.evaluate.classify import evaluate_knn, evaluate_published, evaluate_sweep
+from fastssl.evaluate.placement import evaluate_placement
+from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSettings, ProtocolSettings, SweepSettings
+from fastssl.evaluate.splits import train_and_test
+from fastssl.evaluate.task import Report, Task
+from fastssl.settings import require
+from shard_tools.manifest import Manifest
+
+
+def labelled(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
+    """A train and a test split of the same classes."""
+    return train_and_test(cfg.data.root, cfg.data.split, cfg.data.test_root, cfg.data.test_split)
+
+
+def one_split(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
+    """data.split alone, twice; labels are not needed."""
+    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    return manifest, manifest
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """settings: a frozen dataclass with the field `name`; evaluate(task, settings); data(cfg) -> (train, test)."""
+
+    settings: type
+    evaluate: Callable[[Task, Any], Report]
+    data: Callable[[EvaluateConfig], tuple[Manifest, Manifest]] = labelled
+
+
+EVALUATORS = {
+    "knn": Evaluator(KnnSettings, evaluate_knn),
+    "linear": Evaluator(SweepSettings, evaluate_sweep),
+    "linear_moco": Evaluator(ProtocolSettings, evaluate_published),
+    "linear_swav": Evaluator(ProtocolSettings, evaluate_published),
+    "linear_clsa": Evaluator(ProtocolSettings, evaluate_published),
+    "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
+}
+
+
+def find(cfg: EvaluateConfig) -> tuple[Evaluator, Any]:
+    """The evaluator that the settings name, and its checked settings. Raises ValueError with key and remedy."""
+    name = str(cfg.evaluator.get("name"))
+    require(name in EVALUATORS, "evaluator.name", name, f"one of {', '.join(EVALUATORS)}")
+    return EVALUATORS[name], config.convert(EVALUATORS[name].settings, cfg.evaluator, "evaluator")
