@@ -33,11 +33,13 @@ fastssl-train: self-supervised training on shards (= torchrun -m fastssl.train .
   torchrun --nproc-per-node 8 -m fastssl.train method=moco_v2 data.root=SHARDS
 
 settings are key=value; the same command with the same run.dir resumes
-  method=moco_v1|moco_v2   encoder=resnet50|resnet18|resnet18_cifar|resnet10_narrow   encoder.name=timm/NAME
-  recipe=cifar10_moco_v2_cpu|demo
+  method=NAME    moco_v1 moco_v2  clsa_single clsa_multi clsa_sym clsa_multi_sym  swav swav_2x224 swav_w2 swav_w4
+                 unmix_moco unmix_moco_v1 unmix_moco_cifar unmix_swav unmix_swav_cifar  moco_decoder autoencoder
+  encoder=resnet50|resnet18|resnet18_cifar|resnet10_narrow|stamps_conv4   encoder.name=timm/NAME
+  recipe=NAME    a published run or a small one, such as swav_256, stl96_moco_v2, cifar10_clsa_cpu, galaxies_cpu
   data.root=SHARDS         run.batch_size=256 (global)   run.duration=200ep|5000steps|10Mimages
   run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
-  loader.backend=auto|dali|exact   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
+  loader.backend=auto|dali|exact|stamps   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
 exit codes: 0 done, 2 a setting or the data is wrong, 4 disk full, 8 the loss is not finite, 75 stopped and saved
 """

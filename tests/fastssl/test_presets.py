@@ -110,3 +110,9 @@ def test_a_methods_file_lists_every_setting_of_the_method(name):
     cfg = config.load([f"method={name}", "data.root=none"])
     _, config_class = REGISTERED[cfg.method["name"]]
     assert set(cfg.method) == {field.name for field in dataclasses.fields(config_class)}
+
+
+def test_the_help_lists_every_method():
+    from fastssl.train import HELP
+
+    assert not set(METHODS) - set(HELP.replace("|", " ").split())
