@@ -1,6 +1,6 @@
 """CLSA: losses against NumPy, whole steps against the published order of events, what must hold for any batch.
 
-Two ranks are in test_two_ranks_clsa.py.
+Two ranks are in test_two_ranks.py.
 """
 
 import collections

@@ -1,6 +1,6 @@
 """Un-Mix on MoCo: the loss against NumPy, whole steps against the published order of events, and what always holds.
 
-Two ranks are in test_two_ranks_clsa.py.
+Two ranks are in test_two_ranks.py.
 """
 
 import collections

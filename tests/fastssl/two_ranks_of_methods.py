@@ -1,4 +1,4 @@
-"""Run by torchrun for test_two_ranks_clsa.py: five float64 steps on this rank's half of each batch.
+"""Run by torchrun for test_two_ranks.py: five float64 steps of CLSA, Un-Mix and the decoder on this rank's halves.
 
 Batch norm is in eval, as only then two halves can be the whole.
 """
@@ -8,7 +8,7 @@ import sys
 import torch
 
 from fastssl import dist
-from tests.fastssl import test_clsa, test_moco, test_unmix_moco
+from tests.fastssl import test_clsa, test_moco, test_moco_decoder, test_unmix_moco
 
 CLSA = {
     "clsa": {},
@@ -16,13 +16,15 @@ CLSA = {
     "clsa_sym_reference": {"symmetric": True, "variant": "reference"},
     "clsa_plain_bn": {"batch_norm": "plain", "merge_equal_sizes": True},
 }
+DECODER = {"lr": 1e-3}  # its reconstruction has a weight of 50
 UNMIX = {"unmix": {}, "unmix_sym": {"symmetric": True, "variant": "corrected"}}
 
 
-def five_steps(method, views):
+def five_steps(method, views, lr=0.1):
     method.eval()
     model = dist.wrap(method)
-    optimizer = torch.optim.SGD(method.encoder_q.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    trainable = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=lr, momentum=0.9, weight_decay=1e-4)
     for step in range(5):
         mine = {role: [v.chunk(dist.world())[dist.rank()] for v in parts] for role, parts in views(step).items()}
         method.before_step(step)
@@ -38,5 +40,6 @@ if __name__ == "__main__":
     dist.setup("cpu")
     states = {name: five_steps(test_clsa.clsa(**form), test_clsa.views) for name, form in CLSA.items()}
     states |= {name: five_steps(test_unmix_moco.unmix(**form), test_moco.views) for name, form in UNMIX.items()}
+    states["decoder"] = five_steps(test_moco_decoder.build(), test_moco_decoder.views, **DECODER)
     torch.save(states, f"{sys.argv[1]}/rank-{dist.rank()}.pt")
     dist.teardown()
