@@ -1,4 +1,4 @@
-"""Two gloo ranks: CLSA and the decoder on two halves are what they are on the whole; Un-Mix mixes each half with itself."""
+"""Two gloo ranks: CLSA and the decoder on two halves are what they are on the whole; Un-Mix mixes by halves."""
 
 import pytest
 import torch
