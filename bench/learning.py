@@ -59,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [(method, seed) for seed in arguments.seeds for method in arguments.methods]
     with ThreadPoolExecutor(arguments.jobs) as pool:
         runs = list(pool.map(lambda w: measure(*w, arguments.shards, arguments.out, arguments.epochs), wanted))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    conditions = {"commit": commit, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
-    document = {**conditions, "epochs": arguments.epochs, "runs": [asdict(run) for run in runs]}
+    document = {**conditions(), "epochs": arguments.epochs, "runs": [asdict(run) for run in runs]}
     (arguments.out / "learning.json").write_text(json.dumps(document, indent=1) + "\n")
     print(table(runs))
     return 0
@@ -96,6 +94,12 @@ def call(module: str, *arguments: str) -> None:
         raise RuntimeError(
             f"{module} {' '.join(arguments)} ended with {done.returncode}: {done.stderr.decode()[-2000:]}"
         )
+
+
+def conditions() -> dict[str, str]:
+    """Commit, versions and machine of a measurement."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {"commit": commit, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
 
 
 def table(runs: Sequence[Run]) -> str:
