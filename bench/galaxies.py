@@ -5,8 +5,8 @@
     shard_tools pack hdf5 train.h5 SHARDS; shard_tools pack hdf5 test.h5 SHARDS --split test
     python -m bench.galaxies SHARDS runs/galaxies --epochs 20
 
-Runs that are there already are not repeated. Writes OUT/galaxies.json, OUT/placement.png and OUT/reconstructions.png and
-prints the table as Markdown.
+Runs that are there already are not repeated. Writes OUT/galaxies.json, OUT/placement-*.png and OUT/reconstructions.png,
+and prints the table as Markdown.
 """
 
 from __future__ import annotations
