@@ -21,7 +21,7 @@ from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import Packed, PackOptions, pack
-from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, webdataset
+from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, voc07, webdataset
 from shard_tools.verify import check, check_info, manifests_below
 
 EXIT_BAD_INPUT, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 4, 130
@@ -33,6 +33,7 @@ _SOURCES = {
     "imagefolder": "class folders SRC/<class>/..., or SRC/<split>/<class>/...",
     "files": "any tree of images, without labels",
     "cifar10": "CIFAR-10: the python version's pickles, or train/<class>/ and test/<class>/",
+    "voc07": "PASCAL VOC 2007 (or 2012): SRC is VOCdevkit/VOC2007; several classes an image, difficult objects, boxes",
     "webdataset": "WebDataset shards to be packed again: a folder, a .tar, or a path like x-{000..012}.tar",
     "hdf5": "stamps of an HDF5 file SRC: images (N, bands, height, width), and labels and obj_ids if it has them",
     "fits": "stamps, one a FITS file, anywhere below SRC: (bands, height, width), or (height, width) of one band",
@@ -98,6 +99,8 @@ def _splits(args: argparse.Namespace) -> Sequence[str]:
     if args.subset_file is None and Path(args.src).is_dir():
         if args.source == "cifar10":
             return cifar10.splits(Path(args.src)) or ("train",)
+        if args.source == "voc07":
+            return voc07.splits(Path(args.src)) or ("trainval",)
         if args.source in ("imagenet", "imagefolder"):
             known = ("train", "val") if args.source == "imagenet" else imagefolder.SPLIT_NAMES
             return imagefolder.splits(Path(args.src), known) or ("train",)
@@ -118,7 +121,7 @@ def _source(args: argparse.Namespace, split: str) -> Source:
     if args.source == "imagenet":
         labels = None if split == "train" and not args.split else args.val_labels
         return imagenet.open_source(src, split, labels)
-    modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10, "fits": fits}
+    modules = {"imagefolder": imagefolder, "files": files, "cifar10": cifar10, "fits": fits, "voc07": voc07}
     return modules[args.source].open_source(src, split)
 
 

@@ -30,8 +30,8 @@ def idx_bytes(lines: Sequence[str]) -> bytes:
 
 
 def npy_bytes(rows: np.ndarray) -> bytes:
-    """A whole `index.npy` of rows of INDEX_DTYPE."""
-    assert rows.dtype == INDEX_DTYPE
+    """A whole `index.npy` of rows of INDEX_DTYPE, or `labels.npy` of int8."""
+    assert rows.dtype in (INDEX_DTYPE, np.int8)
     buffer = io.BytesIO()
     np.lib.format.write_array(buffer, rows, version=(1, 0), allow_pickle=False)
     return buffer.getvalue()

@@ -27,6 +27,8 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     if labels.min() < -1 or labels.max() >= num_classes:
         raise ShardError(f"{manifest.root} has labels without a class; see `shard_tools verify`, and pack it again")
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+    if manifest.multi_label:
+        counts = (manifest.labels() == 1).sum(axis=0)
     return {
         "split": manifest.split,
         "num_samples": manifest.num_samples,

@@ -7,6 +7,8 @@ Layout of a packed data set, DST:
                                       (ASCII integer), %09d.json
     <split>/<split>-000000.idx        DALI's index, v1.2
     <split>/index.npy                 INDEX_DTYPE, one row a sample, in shard order; the row number is the sample's id
+    <split>/labels.npy                only where a sample may have several classes: int8 (samples, classes), 1 present,
+                                      -1 present only as a difficult object, 0 absent; as "labels" of %09d.json has it
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ FORMAT = "fastssl-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
+LABELS_NAME = "labels.npy"
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS)
 MAX_MANIFEST_BYTES = 256 * 2**20
@@ -75,6 +78,8 @@ class Manifest:
     source   what they were packed from; no absolute path
     options  the options of `pack` that shaped the bytes
     digest   sha256 of what defines the data: shards, index and classes
+    labels_sha256   of labels.npy, "" where there is none. The digest knows these labels from the shards, which hold
+                    them too, so that readers of the time before labels.npy accept the split, as one without labels
     """
 
     root: Path
@@ -87,6 +92,7 @@ class Manifest:
     options: dict[str, Any]
     digest: str = ""
     index_sha256: str = ""
+    labels_sha256: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", _digest(self))
@@ -104,7 +110,13 @@ class Manifest:
 
     @property
     def labelled(self) -> bool:
-        return self.classes is not None
+        """Whether every sample has one class."""
+        return self.classes is not None and not self.multi_label
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether a sample may have several classes, or none: see `labels`."""
+        return bool(self.labels_sha256)
 
     @property
     def bands(self) -> int:
@@ -118,7 +130,14 @@ class Manifest:
 
     def index(self) -> np.ndarray:
         """index.npy, memory-mapped and read-only; raises ShardError if it is missing or of another shape."""
-        return _open_index(self.root / INDEX_NAME, self.num_samples)
+        return _open_array(self.root / INDEX_NAME, INDEX_DTYPE, (self.num_samples,), "index")
+
+    def labels(self) -> np.ndarray:
+        """labels.npy of a multi-label split, int8 (num_samples, classes), memory-mapped; raises ShardError likewise."""
+        if not self.multi_label:
+            raise ShardError(f"{self.root} has no labels.npy of several classes a sample; pack it with such a source")
+        shape = (self.num_samples, len(self.classes or ()))
+        return _open_array(self.root / LABELS_NAME, np.dtype(np.int8), shape, "labels")
 
     def shard_path(self, i: int) -> Path:
         return self.root / self.shards[i].name
@@ -132,7 +151,7 @@ class Manifest:
 
     def check_quick(self) -> list[str]:
         """All faults that sizes, the index's hash and its ranges show, one each; [] is good. Reads no shard."""
-        return [*_shard_faults(self), *_index_faults(self)]
+        return [*_shard_faults(self), *_index_faults(self), *_labels_faults(self)]
 
     def to_bytes(self) -> bytes:
         """What manifest.json holds: the same for the same data, whatever the machine or the day."""
@@ -143,6 +162,7 @@ class Manifest:
             "num_samples": self.num_samples,
             "digest": self.digest,
             "index_sha256": self.index_sha256,
+            **({"labels_sha256": self.labels_sha256} if self.multi_label else {}),
             "classes": None if self.classes is None else list(self.classes),
             "source": self.source,
             "options": self.options,
@@ -231,7 +251,10 @@ def _parse(document: Any, root: Path) -> tuple[Manifest, str]:
         source=_typed(document, "source", dict),
         options=_typed(document, "options", dict),
         index_sha256=_typed(document, "index_sha256", str),
+        labels_sha256=_typed(document, "labels_sha256", str) if "labels_sha256" in document else "",
     )
+    if manifest.multi_label and not manifest.classes:
+        raise ValueError("it has labels, but no classes")
     return manifest, _typed(document, "digest", str)
 
 
@@ -291,9 +314,10 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _open_index(path: Path, num_samples: int) -> np.ndarray:
-    """Map index.npy without NumPy's own reader, which would evaluate the header of a damaged or hostile file."""
-    head = f"{{'descr': {INDEX_DTYPE.descr}, 'fortran_order': False, 'shape': ({num_samples},), }}".encode()
+def _open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], what: str) -> np.ndarray:
+    """Map a .npy without NumPy's own reader, which would evaluate the header of a damaged or hostile file."""
+    descr, num_samples = dtype.descr if dtype.names else repr(dtype.str), shape[0]
+    head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     try:
         with path.open("rb") as file:
             start = file.read(10 + 2**16)
@@ -301,10 +325,10 @@ def _open_index(path: Path, num_samples: int) -> np.ndarray:
         raise ShardError(f"{path} cannot be read ({error.strerror}); restore it, or pack the split again") from None
     offset = 10 + int.from_bytes(start[8:10], "little")
     if not start.startswith(b"\x93NUMPY\x01\x00") or start[10:offset].rstrip(b" \n") != head:
-        raise ShardError(f"{path} is no index of {num_samples} rows, as its manifest says; pack the split again")
-    if not num_samples or path.stat().st_size != offset + num_samples * INDEX_DTYPE.itemsize:
+        raise ShardError(f"{path} is no {what} of {num_samples} rows, as its manifest says; pack the split again")
+    if not num_samples or path.stat().st_size != offset + int(np.prod(shape)) * dtype.itemsize:
         raise ShardError(f"{path} does not hold {num_samples} rows, as its manifest says; pack the split again")
-    return np.memmap(path, INDEX_DTYPE, "r", offset, (num_samples,))
+    return np.memmap(path, dtype, "r", offset, shape)
 
 
 def _name_before(path: Path, offset: int) -> str:
@@ -338,6 +362,21 @@ def _index_faults(manifest: Manifest) -> Iterator[str]:
         yield f"{path} is not the index that was packed with these shards (its sha256 differs)"
     if len(index):
         yield from _range_faults(manifest, index, path)
+
+
+def _labels_faults(manifest: Manifest) -> Iterator[str]:
+    if not manifest.multi_label:
+        return
+    path = manifest.root / LABELS_NAME
+    try:
+        labels = manifest.labels()
+    except ShardError as error:
+        yield str(error)
+        return
+    if sha256_of(path) != manifest.labels_sha256:
+        yield f"{path} is not the labels that were packed with these shards (its sha256 differs)"
+    if not np.isin(labels, (-1, 0, 1)).all():
+        yield f"{path} holds values other than -1, 0 and 1"
 
 
 def _range_faults(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:

@@ -23,7 +23,7 @@ from shard_tools import disk, index, progress, tar
 from shard_tools.census import Census, counted, printable, readable, size_quantiles
 from shard_tools.images import BadImage, Facts, Prepared, Resize, prepare
 from shard_tools.journal import JOURNAL_NAME, Journal
-from shard_tools.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardError, splits
+from shard_tools.manifest import INDEX_NAME, LABELS_NAME, MANIFEST_NAME, Manifest, ShardError, splits
 from shard_tools.shards import Part, ShardCutter
 from shard_tools.sources import Item, Source
 from shard_tools.workers import in_order
@@ -122,7 +122,7 @@ def _pack(source: Source, items: list[Item], dst: Path, options: PackOptions, fi
         try:
             with progress.shown(source.split, len(rest)) as bar:
                 _write_shards(source, rest, len(items), journal, options, bar)
-                manifest = _finish(source, dst, options, fingerprint, journal)
+                manifest = _finish(source, items, dst, options, fingerprint, journal)
         except KeyboardInterrupt:
             done = f"{counted(len(journal.entries), 'complete shard')} kept in {folder}"
             raise Interrupted(f"interrupted with {done}; the same command continues from there") from None
@@ -181,7 +181,7 @@ def _remove(folder: Path, source: Source) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     disk.sync_folder(folder)
     ours = re.compile(rf"{re.escape(source.split)}-\d{{6}}\.(tar|idx)|.*{re.escape(disk.PARTIAL)}")
-    names = {JOURNAL_NAME, INDEX_NAME, QUARANTINE_NAME, *source.side_files}
+    names = {JOURNAL_NAME, INDEX_NAME, LABELS_NAME, QUARANTINE_NAME, *source.side_files}
     for path in folder.iterdir():
         if path.name in names or ours.fullmatch(path.name):
             path.unlink()
@@ -232,11 +232,11 @@ def _write_shards(
     try:
         for position, (item, outcome) in enumerate(zip(rest, outcomes), start=num_items - len(rest)):
             if isinstance(outcome, Prepared):
-                cutter.add(_parts(item, outcome, source.classes), item.label, outcome.facts, position)
+                cutter.add(_parts(source, item, outcome), item.label, outcome.facts, position)
                 cutter.census.add(item.name, outcome.original, reencoded=outcome.facts is not outcome.original)
                 bar.advance(len(outcome.payload))
             else:
-                _add_bad(cutter, item, outcome, source.classes, position, options.on_bad)
+                _add_bad(cutter, source, item, outcome, position, options.on_bad)
                 bar.advance(0)
         cutter.close(num_items)
     finally:
@@ -248,9 +248,7 @@ def _write_shards(
         raise ShardError(f"the source of {source.split!r} changed since the interruption; start over with --overwrite")
 
 
-def _add_bad(
-    cutter: ShardCutter, item: Item, bad: _Rejected, classes: tuple[str, ...] | None, position: int, on_bad: str
-) -> None:
+def _add_bad(cutter: ShardCutter, source: Source, item: Item, bad: _Rejected, position: int, on_bad: str) -> None:
     """Leave a bad file out, pack it as it is, or raise ShardError, as `on_bad` says."""
     name = readable(item.name)
     if on_bad == "fail":
@@ -259,7 +257,7 @@ def _add_bad(
             " --on-bad quarantine"
         )
     if on_bad == "keep" and bad.facts is not None:
-        parts = _parts(item, Prepared(bad.data, bad.facts, bad.facts), classes)
+        parts = _parts(source, item, Prepared(bad.data, bad.facts, bad.facts))
         row = cutter.add(parts, item.label, bad.facts, position)
         cutter.census.add_bad(name, bad.reason, "kept", row)
     else:
@@ -289,17 +287,22 @@ def _prepare(read: Callable[[Item], bytes], resize: Resize | None, item: Item) -
         return _Rejected(str(bad), bad.facts, data if bad.facts else b"")
 
 
-def _parts(item: Item, sample: Prepared, classes: tuple[str, ...] | None) -> list[Part]:
-    """The members of one sample: image, label if there is one, metadata."""
+def _parts(source: Source, item: Item, sample: Prepared) -> list[Part]:
+    """The members of one sample: image, label if there is one, metadata (with the labels where there are several)."""
     meta: dict[str, Any] = {"name": readable(item.name), "width": sample.facts.width, "height": sample.facts.height}
     parts = [(sample.facts.extension, sample.payload)]
-    if classes is not None:
-        meta["class"] = classes[item.label]
+    if source.multi_label:
+        meta["labels"] = {name: value for name, value in zip(source.classes or (), item.labels) if value}
+    elif source.classes is not None:
+        meta["class"] = source.classes[item.label]
         parts.append(("cls", b"%d" % item.label))
+    meta.update(item.meta)
     return [*parts, ("json", json.dumps(meta).encode())]
 
 
-def _finish(source: Source, dst: Path, options: PackOptions, fingerprint: str, journal: Journal) -> Manifest:
+def _finish(
+    source: Source, items: Sequence[Item], dst: Path, options: PackOptions, fingerprint: str, journal: Journal
+) -> Manifest:
     """All that stands beside the shards; the manifest last, and then the journal goes."""
     folder = dst / source.split
     rows = np.concatenate([entry.rows for entry in journal.entries])
@@ -307,6 +310,7 @@ def _finish(source: Source, dst: Path, options: PackOptions, fingerprint: str, j
     census = Census()
     for entry in journal.entries:
         census.merge(entry.census)
+    labels = _labels_npy(items, census) if source.multi_label else b""
     manifest = Manifest(
         root=folder,
         split=source.split,
@@ -317,8 +321,11 @@ def _finish(source: Source, dst: Path, options: PackOptions, fingerprint: str, j
         source={"kind": source.kind, "num_items": len(source.items), "fingerprint": fingerprint, **source.notes},
         options={**options.recorded(), "on_bad": options.on_bad if census.bad else "fail"},
         index_sha256=hashlib.sha256(npy).hexdigest(),
+        labels_sha256=hashlib.sha256(labels).hexdigest() if labels else "",
     )
     disk.write_file(folder / INDEX_NAME, npy)
+    if labels:
+        disk.write_file(folder / LABELS_NAME, labels)
     if census.bad:
         lines = [f"{printable(bad['name'])}\t{bad['reason']}\t{bad['action']}\n" for bad in census.bad]
         disk.write_file(folder / QUARANTINE_NAME, "".join(lines).encode())
@@ -329,6 +336,12 @@ def _finish(source: Source, dst: Path, options: PackOptions, fingerprint: str, j
         disk.write_file(folder / MANIFEST_NAME, manifest.to_bytes())
     journal.remove()
     return manifest
+
+
+def _labels_npy(items: Sequence[Item], census: Census) -> bytes:
+    """The labels of all packed items, in the order of their rows."""
+    left_out = {bad["name"] for bad in census.bad if bad["action"] == "quarantined"}
+    return index.npy_bytes(np.array([item.labels for item in items if readable(item.name) not in left_out], np.int8))
 
 
 def write_info(dst: Path, manifest: Manifest) -> None:

@@ -54,8 +54,9 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
         rows = manifest.index()
     except ShardError:
         return faults
+    labels = _labels(manifest)
     tasks = [
-        _Task(manifest.shard_path(number), shard, rows[rows["shard"] == number], first)
+        _Task(manifest.shard_path(number), shard, rows[rows["shard"] == number], first, labels)
         for number, (shard, first) in enumerate(zip(manifest.shards, _first_rows(manifest)))
         if manifest.shard_path(number).is_file() and manifest.shard_path(number).stat().st_size == shard.num_bytes
     ]
@@ -66,6 +67,7 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
         bands=manifest.bands,
         kept=frozenset(entry["row"] for entry in bad if entry.get("action") == "kept"),
         quarantined=frozenset(entry["name"] for entry in bad if entry.get("action") == "quarantined"),
+        classes=manifest.classes or (),
     )
     with progress.shown(manifest.split, manifest.num_samples) as bar:
         for task, found in zip(tasks, in_order(partial(_check_shard, rules), tasks, workers, chunk=1)):
@@ -74,6 +76,14 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
                 faults.append(f"{task.path} has {len(found) - _MAX_FAULTS_PER_SHARD} more faults")
             bar.advance(task.shard.num_bytes, task.shard.num_samples)
     return faults
+
+
+def _labels(manifest: Manifest) -> np.ndarray | None:
+    """labels.npy where it can be read; that it cannot is one of the quick faults."""
+    try:
+        return manifest.labels() if manifest.multi_label else None
+    except ShardError:
+        return None
 
 
 def _idx_faults(manifest: Manifest) -> Iterator[str]:
@@ -101,12 +111,13 @@ def _first_rows(manifest: Manifest) -> list[int]:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to be read: its rows of the index, the first of which is row number `first`."""
+    """One shard to be read: its rows of the index, the first of which is row number `first`; the split's labels.npy."""
 
     path: Path
     shard: Shard
     rows: np.ndarray
     first: int
+    labels: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ class _Rules:
     bands: int
     kept: frozenset[int]
     quarantined: frozenset[str]
+    classes: tuple[str, ...]
 
 
 def _check_shard(rules: _Rules, task: _Task) -> list[str]:
@@ -137,6 +149,8 @@ def _check_shard(rules: _Rules, task: _Task) -> list[str]:
         faults.append(f"{task.path.with_name(task.shard.idx_name)} does not describe {task.path.name}")
     for number, (sample, row) in enumerate(zip(samples, task.rows), start=task.first):
         what = _sample_fault(rules, task.path, sample, row, number)
+        if not what and task.labels is not None:
+            what = _labels_fault(rules, sample, task.labels[number])
         if what:
             faults.append(f"{task.path.name}:{sample.image.name} {what}")
     return faults
@@ -161,6 +175,12 @@ def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: np.void, numbe
     if facts.bands != rules.bands:
         return f"has {facts.bands} bands, but the manifest says {rules.bands}"
     return "" if (facts.width, facts.height) == (row["width"], row["height"]) else "has other dimensions than its row"
+
+
+def _labels_fault(rules: _Rules, sample: Sample, row: np.ndarray) -> str:
+    """labels.npy must say of a sample what its .json says."""
+    expected = {name: int(value) for name, value in zip(rules.classes, row) if value}
+    return "" if sample.meta.get("labels") == expected else "has other labels in its metadata than in labels.npy"
 
 
 def _name_fault(rules: _Rules, sample: Sample, row: np.void, number: int) -> str:

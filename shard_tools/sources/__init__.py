@@ -15,12 +15,16 @@ class Item:
     label  class number, -1 where the source has no classes
     size   bytes as stored, 0 where unknown
     at     where the source's `read` finds it, if not under its name
+    labels  of a multi-label source, one a class: 1 present, -1 present only as difficult, 0 absent; `label` is -1 then
+    meta    further facts for the sample's .json
     """
 
     name: str
     label: int
     size: int
     at: Any = None
+    labels: tuple[int, ...] = ()
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Source:
     notes       facts for the manifest, such as files passed over; no absolute paths
     side_files  to be written beside the shards
     content     hashes of the images, where their names and sizes would not tell that they changed
+    multi_label     every item has `labels`, and none a `label`
     """
 
     kind: str
@@ -43,3 +48,4 @@ class Source:
     notes: Mapping[str, Any] = field(default_factory=dict)
     side_files: Mapping[str, bytes] = field(default_factory=dict)
     content: tuple[str, ...] = ()
+    multi_label: bool = False
