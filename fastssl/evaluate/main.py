@@ -26,6 +26,7 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=knn_moco_cifar the same with k 200 and temperature 0.1
   evaluator=linear         features once, a sweep of learning rates and weight decays, chosen by held-out train data
   evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
+  evaluator=representation RankMe, dimension, spread, alignment of the features: a run judged without labels
   evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav, linear_clsa: theirs
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0

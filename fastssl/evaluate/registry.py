@@ -9,6 +9,7 @@ from typing import Any
 from fastssl import config
 from fastssl.evaluate.classify import evaluate_knn, evaluate_published, evaluate_sweep
 from fastssl.evaluate.placement import evaluate_placement
+from fastssl.evaluate.representation import RepresentationSettings, evaluate_representation
 from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSettings, ProtocolSettings, SweepSettings
 from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.task import Report, Task
@@ -43,6 +44,7 @@ EVALUATORS = {
     "linear_swav": Evaluator(ProtocolSettings, evaluate_published),
     "linear_clsa": Evaluator(ProtocolSettings, evaluate_published),
     "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
+    "representation": Evaluator(RepresentationSettings, evaluate_representation, one_split),
 }
 
 
