@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint's backbone, or one of two baselines, with the view that fits it."""
+"""What is evaluated: a checkpoint's backbone, another project's, or one of two baselines, with the view that fits."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastssl import checkpoint
+from fastssl import checkpoint, dist
 from fastssl.evaluate.features import RawPixels
 from fastssl.evaluate.settings import EvaluateConfig
 from fastssl.nn.encoder import build_encoder
+from fastssl.settings import EncoderConfig
+from fastssl.weights import read
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
 from pipelines.views import ViewSpec
 
 
 @dataclass(frozen=True)
 class Subject:
-    """backbone in eval mode on the CPU; label such as "resnet50"; step None for a baseline; run_dir of the checkpoint.
+    """backbone in eval mode on the CPU; label such as "resnet50"; step and run_dir None if it is no checkpoint.
 
     view    the centre crop to test with, holding mean and std
     """
@@ -45,10 +47,31 @@ def load_subject(cfg: EvaluateConfig) -> Subject:
             torch.manual_seed(cfg.run.seed)
             backbone = build_encoder(**encoder).eval()
         return Subject(backbone, f"untrained {encoder['name']}", None, None, test_view(cfg, like))
+    if is_foreign(Path(cfg.checkpoint)):
+        return _foreign(cfg, like)
     backbone, meta = checkpoint.load_backbone(_folder(cfg.checkpoint))
     run_dir = Path(meta["folder"]).resolve().parent.parent
     name = meta["config"]["encoder"]["name"]
     return Subject(backbone, name, int(meta["step"]), run_dir, test_view(cfg, like or meta["config"]))
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether `path` is a weight file by itself, and not the model.pt of a checkpoint folder."""
+    return path.is_file() and not (path.parent / checkpoint.SUMS).is_file()
+
+
+def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:
+    """A file of another project. Its encoder may be left out, so the default one of evaluate.yaml says nothing."""
+    told = None if cfg.encoder == EncoderConfig() else cfg.encoder
+    backbone, encoder, weights = read.load_backbone(Path(cfg.checkpoint), told)
+    view = test_view(cfg, like or {"views": {"test": {"size": 32 if encoder.stem == "cifar" else 224}}})
+    if dist.rank() == 0:
+        print(
+            f"weights: {cfg.checkpoint} is {read.described(encoder)} ({weights.layout}); left out: "
+            f"{read.left_out(weights)}\nview: {view.size} px of {view.resize}, mean {view.augment.mean}, "
+            f"std {view.augment.std}; change with view.size, view.resize, data.mean, data.std, or like=RUN"
+        )
+    return Subject(backbone, encoder.name, None, None, view)
 
 
 def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
