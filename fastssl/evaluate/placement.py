@@ -14,15 +14,23 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from fastssl import dist
+from fastssl.evaluate import gallery
 from fastssl.evaluate.settings import PlacementSettings
 from fastssl.evaluate.task import Report, Task, percent
+from shard_tools.manifest import Manifest
 
 # N images, D width of the codes
 
 MIRRORINGS = {"left_right": (-1,), "up_down": (-2,), "both": (-2, -1)}  # dimensions of (B, C, S, S)
+TURNS = {  # the same on pictures
+    "left_right": Image.Transpose.FLIP_LEFT_RIGHT,
+    "up_down": Image.Transpose.FLIP_TOP_BOTTOM,
+    "both": Image.Transpose.ROTATE_180,
+}
 Metric = Literal["l1", "l2", "cosine"]
 
 
@@ -80,6 +88,53 @@ def placements(codes: Tensor, mirrored: Tensor, metric: Metric = "l1", chunk: in
     return torch.cat(found)
 
 
+def most_similar(codes: Tensor, queries: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """The rows of `codes` (N, D) with the highest cosines to each row named by `queries` (Q,), but not that row itself.
+
+    Returns rows and cosines, both (Q, num), best first; equal ones in the order of the rows; num at most N - 1.
+    """
+    unit = nn.functional.normalize(codes.double(), dim=1)
+    cosines = unit[queries] @ unit.T
+    cosines[torch.arange(len(queries)), queries] = -torch.inf
+    found = cosines.sort(dim=1, descending=True, stable=True)
+    return found.indices[:, :num], found.values[:, :num]
+
+
+def chosen_queries(worst: Tensor, num: int, seed: int) -> tuple[list[int], list[int]]:
+    """Two disjoint lists of rows, `num` together: half drawn by the seed, and those with the largest `worst` (N,)."""
+    drawn = dist.permutation(len(worst), seed, 0)[: (num + 1) // 2].tolist()
+    order = worst.sort(descending=True, stable=True).indices.tolist()
+    return drawn, [row for row in order if row not in drawn][: num // 2]
+
+
+def draw_gallery(
+    manifest: Manifest, codes: Tensor, placed: dict[str, Tensor], settings: PlacementSettings, seed: int
+) -> Image.Image:
+    """A row a query: the image, its mirrored copies with their placements, the most similar images with their cosines.
+
+    Row i of codes and placements is sample i, as in the first so many of a split.
+    """
+    worst = torch.stack(list(placed.values())).amax(0)
+    drawn, misplaced = chosen_queries(worst, settings.gallery, seed)
+    queries = drawn + misplaced
+    neighbours, cosines = most_similar(codes, torch.tensor(queries), min(settings.neighbours, len(codes) - 1))
+    rows = []
+    for query, near, similar in zip(queries, neighbours.tolist(), cosines.tolist()):
+        image, *others = gallery.thumbnails(manifest, [query, *near])
+        cells = [gallery.Cell(image, ("the image",))]
+        for name, ranks in placed.items():
+            turned = image.transpose(TURNS[name])
+            cells.append(gallery.Cell(turned, (name.replace("_", "-"), f"placed {int(ranks[query]):,}")))
+        for other, sample, cosine in zip(others, near, similar):
+            kind = gallery.shortened(gallery.class_of(manifest, sample) or str(sample))
+            cells.append(gallery.Cell(other, (kind, f"cosine {cosine:.3f}")))
+        why = "drawn at random" if query in drawn else "placed worst"
+        rows.append(gallery.Row((str(query), gallery.class_of(manifest, query), why), tuple(cells)))
+    return gallery.draw_sheet(
+        rows, f"mirrored copies, placed by {settings.metric} among {len(codes):,} images, and the most similar images"
+    )
+
+
 def draw_histogram(placed: dict[str, Tensor], num_images: int, out: Path, title: str) -> None:
     """Placements of each mirroring on logarithmic axes. Raises ValueError if matplotlib is not there."""
     try:
@@ -114,6 +169,9 @@ def evaluate_placement(task: Task, settings: PlacementSettings) -> Report:
     path = task.result_path(settings.name)
     if settings.picture and path is not None and dist.rank() == 0:
         draw_histogram(placed, len(codes), path.with_suffix(".png"), task.subject.label)
+        if settings.gallery and len(codes) > 1:
+            sheet = draw_gallery(task.train, codes, placed, settings, task.cfg.run.seed)
+            gallery.save(sheet, path.with_name(f"{path.stem}-gallery.png"))
     view = task.subject.view
     return Report(
         {f"placement/{key}": value for key, value in summaries["all"].items()},

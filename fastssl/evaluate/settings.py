@@ -68,11 +68,22 @@ class ProtocolSettings(LinearProtocol):
 
 @dataclass(frozen=True)
 class PlacementSettings:
-    """picture: a histogram beside the result file."""
+    """picture: a histogram beside the result file, and a gallery; false: neither.
+
+    gallery     images whose mirrored copies and most similar images are shown: half drawn by run.seed, half those whose
+                copies are placed worst; 0 draws no gallery
+    neighbours  most similar images shown for each, by cosine as in the published galleries
+    """
 
     name: Literal["placement"]
     metric: Literal["l1", "l2", "cosine"] = "l1"
     picture: bool = True
+    gallery: int = 8
+    neighbours: int = 6
+
+    def __post_init__(self) -> None:
+        require(self.gallery >= 0, "evaluator.gallery", self.gallery, "0 (no gallery) or more")
+        require(self.neighbours >= 1, "evaluator.neighbours", self.neighbours, "1 or more")
 
 
 @dataclass(frozen=True)

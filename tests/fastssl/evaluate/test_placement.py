@@ -8,8 +8,19 @@ import torch
 from torch import nn
 
 from fastssl.evaluate import main as evaluate
-from fastssl.evaluate.placement import MIRRORINGS, Mirrored, Placed, placements
-from fastssl.evaluate.settings import load
+from fastssl.evaluate.gallery import CELL_PX, GAP_PX, LABEL_PX, TITLE_PX, thumbnails
+from fastssl.evaluate.placement import (
+    MIRRORINGS,
+    TURNS,
+    Mirrored,
+    Placed,
+    chosen_queries,
+    draw_gallery,
+    most_similar,
+    placements,
+)
+from fastssl.evaluate.settings import PlacementSettings, load
+from shard_tools.manifest import Manifest
 from tests.oracle import placement as oracle
 
 
@@ -63,6 +74,7 @@ def test_the_command_needs_no_labels_and_leaves_numbers_and_a_picture(tiny_shard
     assert 0 <= metrics["placement/first"] <= 1
     assert metrics["placement/max"] >= metrics["placement/median"] >= 1
     assert out.with_suffix(".png").stat().st_size > 1000
+    assert (tmp_path / "placement-gallery.png").stat().st_size > 1000
     assert "in first place" in capsys.readouterr().out
 
 
@@ -89,3 +101,74 @@ def test_ties_are_won_by_the_copy():
     codes = torch.tensor([[0.0], [1.0]])
     assert placements(codes, torch.tensor([[1.0], [1.5]])).tolist() == [1, 1]
     np.testing.assert_equal(oracle.placements(codes.numpy(), np.array([[1.0], [1.5]]), "l1"), [1, 1])
+
+
+def test_the_most_similar_are_those_of_scikit_learn_without_the_image_itself(rng):
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    codes = rng.normal(size=(30, 4))
+    queries = [7, 0, 29]
+    model = neighbors.NearestNeighbors(n_neighbors=6, metric="cosine").fit(codes)
+    apart, expected = model.kneighbors(codes[queries])
+    rows, cosines = most_similar(torch.from_numpy(codes), torch.tensor(queries), 5)
+    assert rows.tolist() == expected[:, 1:].tolist()
+    np.testing.assert_allclose(cosines.numpy(), 1 - apart[:, 1:], atol=1e-12)
+
+
+def test_duplicates_are_similar_to_each_other_in_the_order_of_their_rows():
+    codes = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+    rows, cosines = most_similar(codes, torch.tensor([1]), 3)
+    assert rows.tolist() == [[0, 3, 2]]
+    assert cosines.tolist() == [[1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize(("num", "halves"), [(1, (1, 0)), (7, (4, 3)), (8, (4, 4)), (50, (20, 0))])
+def test_queries_are_half_drawn_and_half_the_worst_and_all_different(num, halves):
+    worst = torch.arange(20).flip(0)
+    drawn, misplaced = chosen_queries(worst, num, seed=3)
+    assert (len(drawn), len(misplaced)) == halves
+    assert len({*drawn, *misplaced}) == sum(halves)
+    assert misplaced == [row for row in range(20) if row not in drawn][: halves[1]]
+    assert (drawn, misplaced) == chosen_queries(worst, num, seed=3)
+    assert num in (1, 50) or drawn != chosen_queries(worst, num, seed=4)[0]
+
+
+def test_the_gallery_shows_image_mirrored_copies_and_neighbours(tiny_shards):
+    manifest = Manifest.load(tiny_shards)
+    codes = torch.randn(61, 5, generator=torch.Generator().manual_seed(0))
+    placed = {name: torch.full((61,), 2) for name in MIRRORINGS}
+    placed["both"][17] = 60
+    sheet = draw_gallery(manifest, codes, placed, PlacementSettings("placement", gallery=2, neighbours=3), seed=0)
+    drawn, misplaced = chosen_queries(placed["both"], 2, seed=0)
+    assert misplaced == [17]
+
+    def cell(row, column):
+        left, top = LABEL_PX + column * (CELL_PX + GAP_PX), TITLE_PX + row * (CELL_PX + 28 + GAP_PX)
+        return sheet.crop((left, top, left + CELL_PX, top + CELL_PX))
+
+    for row, query in enumerate([drawn[0], 17]):
+        near = most_similar(codes, torch.tensor([query]), 3)[0][0].tolist()
+        image, *others = thumbnails(manifest, [query, *near])
+        for column, expected in enumerate([image, *(image.transpose(turn) for turn in TURNS.values()), *others]):
+            left = (CELL_PX - expected.width) // 2
+            found = cell(row, column).crop((left, 0, left + expected.width, expected.height))
+            assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("name", MIRRORINGS)
+def test_pictures_are_mirrored_as_the_tensors_are(name, photos):
+    pixels = torch.from_numpy(np.array(photos[0])).permute(2, 0, 1)
+    turned = np.asarray(photos[0].transpose(TURNS[name]))
+    np.testing.assert_array_equal(pixels.flip(MIRRORINGS[name]).permute(1, 2, 0).numpy(), turned)
+
+
+def test_no_gallery_when_it_is_turned_off(tiny_shards_unlabelled, tmp_path):
+    overrides = ["evaluator=placement", "checkpoint=pixels", f"data.root={tiny_shards_unlabelled}", "view.size=8"]
+    evaluate.run(load([*overrides, f"eval.out={tmp_path}/r.json", "evaluator.gallery=0", "run.device=cpu"]))
+    assert [path.name for path in tmp_path.glob("*.png")] == ["r.png"]
+
+
+def test_the_gallery_of_few_images_shows_what_there_is(tiny_shards_unlabelled, tmp_path):
+    overrides = ["evaluator=placement", "checkpoint=pixels", f"data.root={tiny_shards_unlabelled}", "view.size=8"]
+    for limit in (1, 2):
+        evaluate.run(load([*overrides, f"eval.out={tmp_path}/{limit}.json", f"data.limit={limit}", "run.device=cpu"]))
+    assert {path.name for path in tmp_path.glob("*.png")} == {"1.png", "2.png", "2-gallery.png"}
