@@ -28,6 +28,7 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
   evaluator=representation RankMe, dimension, spread, alignment of the features: a run judged without labels
   evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav, linear_clsa: theirs
+  evaluator=voc07          VOC07 by linear SVMs, mAP; voc07_lowshot: on 1 to 96 images a class; voc07_clsa: CLSA's own
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0
   view.size=0 view.resize=0 (px, 0: as in training)        eval.out=FOLDER|FILE.json

@@ -13,6 +13,7 @@ from fastssl.evaluate.representation import RepresentationSettings, evaluate_rep
 from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSettings, ProtocolSettings, SweepSettings
 from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.task import Report, Task
+from fastssl.evaluate.voc07 import LowShotSettings, VocSettings, evaluate_low_shot, evaluate_voc07, trainval_and_test
 from fastssl.settings import require
 from shard_tools.manifest import Manifest
 
@@ -44,6 +45,8 @@ EVALUATORS = {
     "linear_swav": Evaluator(ProtocolSettings, evaluate_published),
     "linear_clsa": Evaluator(ProtocolSettings, evaluate_published),
     "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
+    "voc07": Evaluator(VocSettings, evaluate_voc07, trainval_and_test),
+    "voc07_lowshot": Evaluator(LowShotSettings, evaluate_low_shot, trainval_and_test),
     "representation": Evaluator(RepresentationSettings, evaluate_representation, one_split),
 }
 
