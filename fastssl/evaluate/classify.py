@@ -5,10 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable
+from typing import Any
+
+from torch import nn
 
 from fastssl import dist
-from fastssl.evaluate.knn import knn
-from fastssl.evaluate.linear import sweep, train_linear
+from fastssl.evaluate.feature_forms import WINDOW, MapFeatures, ten_crops_line, tested_features
+from fastssl.evaluate.features import width_of
+from fastssl.evaluate.knn import KnnAccuracy, knn
+from fastssl.evaluate.linear import Sweep, Trained, sweep, train_linear
 from fastssl.evaluate.settings import KnnSettings, ProtocolSettings, SweepSettings
 from fastssl.evaluate.task import Report, Task, percent
 from fastssl.settings import require
@@ -35,13 +40,15 @@ def evaluate_knn(task: Task, settings: KnnSettings) -> Report:
         f"weighted kNN, cosine similarity, votes e^(similarity/t){clamped}; {task.protocol()}",
         ("k", "t", "top-1", "top-5"),
         [(str(r.k), f"{r.temperature:g}", percent(r.top1), percent(r.top5)) for r in results],
-        {"results": [dataclasses.asdict(r) for r in results]},
+        {"results": [_plain(r) for r in results]},
+        task.per_class(queries, results[0].predicted),
     )
 
 
 def evaluate_sweep(task: Task, settings: SweepSettings) -> Report:
+    test = task.features(task.test)
     result = sweep(
-        task.features(task.train), task.features(task.test), num_classes=task.num_classes,
+        task.features(task.train), test, num_classes=task.num_classes,
         lrs=settings.lr, weight_decays=settings.weight_decay, epochs=settings.epochs, batch_size=settings.batch_size,
         momentum=settings.momentum, held_out=settings.held_out, standardize=settings.standardize,
         retrain=settings.retrain, seed=task.cfg.run.seed, device=task.device,
@@ -68,30 +75,31 @@ def evaluate_sweep(task: Task, settings: SweepSettings) -> Report:
         f"by {task.test.split}, {fitted}{edge}; {task.protocol()}",
         ("lr", "weight decay", "held-out top-1", "test top-1", "test top-5"),
         rows,
-        {"sweep": dataclasses.asdict(result)},
+        {"sweep": _plain(result)},
+        task.per_class(test, result.predicted),
     )
 
 
 def evaluate_published(task: Task, settings: ProtocolSettings) -> Report:
     cfg, view = task.cfg, task.subject.view
-    if cfg.data.limit:
-        raise ValueError(f"data.limit is {cfg.data.limit}, but {settings.name} trains on whole epochs; leave it at 0")
-    batch, num_samples, world = settings.batch_size, task.train.num_samples, dist.world()
-    require(
-        batch <= num_samples, "evaluator.batch_size", batch, f"at most the {num_samples} images of {task.train.root}"
-    )
-    require(batch % world == 0, "evaluator.batch_size", batch, f"a multiple of the {world} ranks that share it")
-    augment = AugmentSpec(flip_p=settings.flip_p, mean=view.augment.mean, std=view.augment.std)
-    training = ViewSpec(role="train", size=view.size, scale=settings.scale, ratio=settings.ratio, augment=augment)
+    backbone: nn.Module = task.subject.backbone
+    channels, pooling = width_of(backbone), "global average pooling"
+    if settings.pooling == "swav_6x6":
+        backbone = pooled = MapFeatures(backbone, view.size)
+        windows = f"{pooled.map_px - WINDOW + 1}x{pooled.map_px - WINDOW + 1}"
+        pooling = f"6x6 average pooling of the {pooled.map_px}x{pooled.map_px} map to {windows}x{channels}"
+    require_epochs(task, settings.name, settings.batch_size, task.train.num_samples)
+    test = tested_features(task, backbone, settings.test_views)
+    training = training_view(task, settings.scale, settings.ratio, settings.flip_p)
     with Loader(
         task.train, [training], batch_size=settings.batch_size, seed=cfg.run.seed, rank=dist.rank(), world=dist.world(),
         backend=cfg.loader.backend, device=str(task.device), threads=cfg.loader.threads, prefetch=cfg.loader.prefetch,
         output="uint8", order=cfg.loader.order,
     ) as loader:  # fmt: skip
         result = train_linear(
-            task.subject.backbone, loader, task.features(task.test), num_classes=task.num_classes, protocol=settings,
-            device=task.device, precision=cfg.run.precision, mean=augment.mean, std=augment.std, seed=cfg.run.seed,
-            on_epoch=_say_epoch(settings),
+            backbone, loader, test, num_classes=task.num_classes, protocol=settings, device=task.device,
+            precision=cfg.run.precision, mean=view.augment.mean, std=view.augment.std, seed=cfg.run.seed,
+            channels=channels, on_epoch=say_epoch(settings.epochs, lambda epoch: f"lr {settings.lr_at(epoch):g}"),
         )  # fmt: skip
     scaled = "scaled by batch/256" if settings.scale_lr else "not scaled by the batch"
     schedule = (
@@ -99,6 +107,7 @@ def evaluate_published(task: Task, settings: ProtocolSettings) -> Report:
         if settings.schedule == "cosine"
         else f"x{settings.gamma:g} at {list(settings.milestones)}"
     )
+    norm = "batch norm and " if settings.batch_norm else ""
     return Report(
         {
             f"{settings.name}/top1": result.top1,
@@ -106,24 +115,55 @@ def evaluate_published(task: Task, settings: ProtocolSettings) -> Report:
             f"{settings.name}/best_top1_chosen_on_test": result.best_top1,
             f"{settings.name}/loss": result.losses[-1],
         },
-        f"one linear layer on the frozen backbone (eval mode, checked bit for bit), SGD lr {settings.lr:g} ({scaled}) "
-        f"{schedule}, {settings.epochs} epochs of batch {settings.batch_size}, weight decay {settings.weight_decay:g}, "
-        f"momentum {settings.momentum:g}, random resized crops {settings.scale} and flip {settings.flip_p:g}; the last "
-        f"epoch is the result; {task.protocol()}",
+        f"{norm}one linear layer on the frozen backbone (eval mode, checked bit for bit), {pooling}, SGD lr "
+        f"{settings.lr:g} ({scaled}) {schedule}, {settings.epochs} epochs of batch {settings.batch_size}, weight decay "
+        f"{settings.weight_decay:g}, momentum {settings.momentum:g}, random resized crops {settings.scale} and flip "
+        f"{settings.flip_p:g}; the last epoch is the result; "
+        f"{task.protocol()}{ten_crops_line(view, settings.test_views)}",
         ("epoch", "test top-1", "test top-5"),
-        [
-            (f"{settings.epochs} (last)", percent(result.top1), percent(result.top5)),
-            (f"{result.best_epoch} (best on {task.test.split} itself)", percent(result.best_top1), ""),
-        ],
+        last_and_best(result, settings.epochs, task.test.split),
         {"protocol_settings": dataclasses.asdict(settings), "losses": result.losses, "best_epoch": result.best_epoch},
+        task.per_class(test, result.predicted),
     )
 
 
-def _say_epoch(settings: ProtocolSettings) -> Callable[[int, float, float], None]:
+def require_epochs(task: Task, name: str, batch: int, num_samples: int) -> None:
+    """ValueError unless `num_samples` training images fill batches that the ranks can share, and no limit is set."""
+    limit, world = task.cfg.data.limit, dist.world()
+    if limit:
+        raise ValueError(f"data.limit is {limit}, but {name} trains on whole epochs; leave it at 0")
+    where = f"at most the {num_samples} images of {task.train.root}" + (
+        "" if num_samples == task.train.num_samples else " that train"
+    )
+    require(batch <= num_samples, "evaluator.batch_size", batch, where)
+    require(batch % world == 0, "evaluator.batch_size", batch, f"a multiple of the {world} ranks that share it")
+
+
+def training_view(task: Task, scale: tuple[float, float], ratio: tuple[float, float], flip_p: float) -> ViewSpec:
+    """Random resized crops and flips of the size and normalisation that the test has."""
+    view = task.subject.view
+    augment = AugmentSpec(flip_p=flip_p, mean=view.augment.mean, std=view.augment.std)
+    return ViewSpec(role="train", size=view.size, scale=scale, ratio=ratio, augment=augment)
+
+
+def last_and_best(result: Trained, epochs: int, test_split: str) -> list[tuple[str, str, str]]:
+    return [
+        (f"{epochs} (last)", percent(result.top1), percent(result.top5)),
+        (f"{result.best_epoch} (best on {test_split} itself)", percent(result.best_top1), ""),
+    ]
+
+
+def say_epoch(epochs: int, rates: Callable[[int], str]) -> Callable[[int, float, float], None]:
+    """A line for each epoch; `rates` is asked for that of an epoch counted from 0."""
+
     def say(epoch: int, loss: float, top1: float) -> None:
         if dist.rank() == 0:
-            lr = settings.lr_at(epoch - 1)
-            line = f"epoch {epoch}/{settings.epochs}  lr {lr:g}  loss {loss:.4f}  test top-1 {percent(top1)}"
+            line = f"epoch {epoch}/{epochs}  {rates(epoch - 1)}  loss {loss:.4f}  test top-1 {percent(top1)}"
             print(line, file=sys.stderr, flush=True)
 
     return say
+
+
+def _plain(result: KnnAccuracy | Sweep) -> dict[str, Any]:
+    """For the result file, which has the predictions as a table by class."""
+    return {key: value for key, value in dataclasses.asdict(result).items() if key != "predicted"}

@@ -12,7 +12,7 @@ never counted as found, so that top-5 with k = 1 is top-1 and not luck.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from torch.nn.functional import normalize
 from fastssl import dist
 from fastssl.evaluate.accuracy import place_of
 from fastssl.evaluate.features import Features
+from fastssl.evaluate.per_class import predicted_class
 
 QUERY_CHUNK = 256
 BANK_CHUNK = 65536  # 256 x 65536 float32 similarities are 64 MiB, whatever the size of the bank
@@ -28,12 +29,16 @@ BANK_CHUNK = 65536  # 256 x 65536 float32 similarities are 64 MiB, whatever the 
 
 @dataclass(frozen=True)
 class KnnAccuracy:
-    """Accuracies are fractions of the queries; k is what was used, at most the size of the bank."""
+    """Accuracies are fractions of the queries; k is what was used, at most the size of the bank.
+
+    predicted   int64 (Q,) the class of each query, on the CPU
+    """
 
     k: int
     temperature: float
     top1: float
     top5: float
+    predicted: Tensor = field(repr=False, compare=False)
 
 
 def knn(
@@ -65,13 +70,17 @@ def knn(
 
     cases = [(k, temperature) for k in clamped for temperature in temperatures]
     hits = torch.zeros(len(cases), 2, dtype=torch.float64)
+    predicted = torch.zeros(len(cases), len(queries), dtype=torch.long)  # each rank fills its own rows
     for chunk in torch.arange(len(rows)).split(QUERY_CHUNK):
         for case, (k, temperature) in enumerate(cases):
             scores = class_scores(similarities[chunk, :k], votes[chunk, :k], num_classes, temperature)
-            place = place_of(scores.masked_fill(scores == 0, torch.nan), truth[chunk])  # no vote, no place
+            scores = scores.masked_fill(scores == 0, torch.nan)  # no vote, no place
+            place = place_of(scores, truth[chunk])
             hits[case] += torch.stack([(place < 1).sum(), (place < 5).sum()])
+            predicted[case, rows[chunk]] = predicted_class(scores)
     share = (dist.all_gather(hits[None].to(device)).sum(0) / len(queries)).tolist()
-    return [KnnAccuracy(*case, top1, top5) for case, (top1, top5) in zip(cases, share, strict=True)]
+    predicted = dist.all_reduce_sum(predicted.to(device)).cpu()
+    return [KnnAccuracy(*case, share[i][0], share[i][1], predicted[i]) for i, case in enumerate(cases)]
 
 
 def nearest(

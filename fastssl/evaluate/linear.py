@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -23,6 +23,8 @@ from torch.nn import functional
 from fastssl import dist
 from fastssl.evaluate.accuracy import place_of
 from fastssl.evaluate.features import Features, Frozen, evaluating, forward, width_of
+from fastssl.evaluate.per_class import predicted_class
+from fastssl.nn.sync_batchnorm import sync_batchnorm_
 from pipelines.loader import Batch
 
 # -- the quick form: features once, then every learning rate and weight decay at once --
@@ -44,6 +46,7 @@ class Sweep:
 
     retrained   whether the best pair was trained again on all training samples before the test
     at_edge     the best pair lies at an end of the range of learning rates: a wider one may give more
+    predicted   int64 (N,) the class of each test sample
     """
 
     probes: tuple[Probe, ...]
@@ -52,6 +55,7 @@ class Sweep:
     top5: float
     retrained: bool
     at_edge: bool
+    predicted: Tensor = field(repr=False, compare=False)
 
 
 def sweep(
@@ -98,18 +102,38 @@ def sweep(
     chosen = max(range(len(probes)), key=lambda i: (probes[i].held_out_top1, -i))  # of equals the first tried
     if retrain:
         heads, scale = trained(train, [pairs[chosen]])
-        tested = heads.top1_top5(scale(test.features), test.labels)[0]
-    else:
-        tested = heads.top1_top5(scale(test.features), test.labels)[chosen]
+    tested = judge(lambda x: heads.logits(scale(x))[:, 0 if retrain else chosen], test, heads.bias.device)
     best = probes[chosen]
     return Sweep(
         probes=probes,
         best=best,
-        top1=float(tested[0]),
-        top5=float(tested[1]),
+        top1=tested.top1,
+        top5=tested.top5,
         retrained=retrain,
         at_edge=len(lrs) > 1 and best.lr in (min(lrs), max(lrs)),
+        predicted=tested.predicted,
     )
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Accuracies as fractions of the samples, and predicted int64 (N,), the class of each, on the CPU."""
+
+    top1: float
+    top5: float
+    predicted: Tensor
+
+
+@torch.no_grad()
+def judge(logits: Callable[[Tensor], Tensor], test: Features, device: torch.device | str) -> Judged:
+    """What `logits`, (B, F) -> (B, C) on `device`, makes of the test features."""
+    places, predicted = [], []
+    for rows in torch.arange(len(test)).split(1024):
+        scores = logits(test.features[rows].to(device))
+        places.append(place_of(scores, test.labels[rows].to(device)).cpu())
+        predicted.append(predicted_class(scores).cpu())
+    place = torch.cat(places)
+    return Judged((place < 1).double().mean().item(), (place < 5).double().mean().item(), torch.cat(predicted))
 
 
 def stratified_split(labels: Tensor, held_out: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -238,6 +262,7 @@ class LinearProtocol:
     batch_size  global; lr is for this batch unless scale_lr multiplies it with batch_size / 256
     schedule    per epoch: "step" multiplies with gamma at each of milestones, "cosine" falls to final_lr at `epochs`
     init_std    of the weights' normal start; the bias starts at 0
+    batch_norm  the channels are normalised over the batch, and over all ranks, before the layer
     """
 
     lr: float = 30.0
@@ -251,6 +276,7 @@ class LinearProtocol:
     final_lr: float = 0.0
     init_std: float = 0.01
     scale_lr: bool = False
+    batch_norm: bool = False
 
     def lr_at(self, epoch: int) -> float:
         base = self.lr * self.batch_size / 256 if self.scale_lr else self.lr
@@ -260,14 +286,26 @@ class LinearProtocol:
 
 
 @dataclass(frozen=True)
-class LinearResult:
-    """Accuracies on the test split. best_* is chosen on the test split itself, as published tables do."""
+class Trained:
+    """Accuracies on the test split. best_* is chosen on the test split itself, as published tables do.
+
+    losses      the mean of each epoch
+    predicted   int64 (N,) the class of each test sample after the last epoch
+    """
 
     top1: float
     top5: float
     best_top1: float
     best_epoch: int
     losses: tuple[float, ...]
+    predicted: Tensor = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, epochs: Sequence[Judged], losses: Sequence[float]) -> Trained:
+        """From every epoch's accuracies and loss; of equally good epochs the first is the best."""
+        best = max(range(len(epochs)), key=lambda e: (epochs[e].top1, -e))
+        last = epochs[-1]
+        return cls(last.top1, last.top5, epochs[best].top1, best + 1, tuple(losses), last.predicted)
 
 
 class TrainingBatches(Protocol):
@@ -290,22 +328,28 @@ def train_linear(
     mean: Sequence[float],
     std: Sequence[float],
     seed: int = 0,
+    channels: int = 0,
     on_epoch: Callable[[int, float, float], None] = lambda epoch, loss, top1: None,
-) -> LinearResult:
+) -> Trained:
     """Train a linear layer on the backbone's features of the loader's views; the backbone is frozen and in eval mode.
 
+    channels    for protocol.batch_norm: of the map that the features were made of; 0 takes each feature for one
     The loader yields this rank's part of each global batch. on_epoch is told (epoch from 1, mean loss, test top-1).
     Raises RuntimeError if any tensor of the backbone has changed after the first epoch or at the end, and ValueError if
     the loss is no longer finite.
     """
-    head = initial_head(width_of(backbone), num_classes, protocol.init_std, seed).to(device)
+    width = width_of(backbone)
+    head: nn.Module = initial_head(width, num_classes, protocol.init_std, seed)
+    if protocol.batch_norm:
+        head = normalized(head, channels or width)
+    head.to(device)
     optimizer = torch.optim.SGD(
         head.parameters(), lr=protocol.lr_at(0), momentum=protocol.momentum, weight_decay=protocol.weight_decay
     )
     frozen = Frozen(backbone)
     batches = loader.batches()
     losses: list[float] = []
-    accuracies: list[tuple[float, float]] = []
+    judged: list[Judged] = []
     with evaluating(backbone):
         for epoch in range(protocol.epochs):
             for group in optimizer.param_groups:
@@ -327,15 +371,13 @@ def train_linear(
                 raise ValueError(
                     f"the probe's loss is {losses[-1]} in epoch {epoch + 1}; lower evaluator.lr={protocol.lr}"
                 )
-            heads = Heads(head.weight.detach()[None], head.bias.detach()[None])
-            top1, top5 = heads.top1_top5(test.features, test.labels)[0].tolist()
-            accuracies.append((top1, top5))
-            on_epoch(epoch + 1, losses[-1], top1)
+            with evaluating(head):
+                judged.append(judge(head, test, device))
+            on_epoch(epoch + 1, losses[-1], judged[-1].top1)
             if epoch == 0:
                 frozen.check("during the first epoch")
     frozen.check("by the last epoch")
-    best_epoch = max(range(len(accuracies)), key=lambda e: (accuracies[e][0], -e))
-    return LinearResult(*accuracies[-1], accuracies[best_epoch][0], best_epoch + 1, tuple(losses))
+    return Trained.of(judged, losses)
 
 
 def initial_head(width: int, num_classes: int, init_std: float, seed: int) -> nn.Linear:
@@ -346,6 +388,12 @@ def initial_head(width: int, num_classes: int, init_std: float, seed: int) -> nn
         head.weight.copy_(torch.randn(num_classes, width, generator=generator) * init_std)
         head.bias.zero_()
     return head
+
+
+def normalized(head: nn.Module, channels: int) -> nn.Module:
+    """`head` after a batch norm over `channels`, whose values stand together in a row of features (SwAV's use_bn)."""
+    norm = nn.Sequential(nn.Unflatten(1, (channels, -1)), nn.BatchNorm1d(channels), nn.Flatten(), head)
+    return sync_batchnorm_(norm) if dist.world() > 1 else norm
 
 
 def _average_gradients_(module: nn.Module) -> None:

@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.table import Table
 
 from fastssl import __version__, config, dist
+from fastssl.evaluate.per_class import PerClass
 from fastssl.evaluate.registry import find
 from fastssl.evaluate.settings import EvaluateConfig, load
 from fastssl.evaluate.subject import Subject, load_subject
-from fastssl.evaluate.task import Report, Task
+from fastssl.evaluate.task import Report, Task, percent
 from pipelines.loader import available_cores
+
+MANY_CLASSES = 10  # more than fit a glance: the terminal then shows the best and the worst
 
 HELP = """
 fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -m fastssl.evaluate ...)
@@ -75,7 +78,21 @@ def _print(report: Report, name: str, subject: Subject) -> None:
     for row in report.rows:
         table.add_row(*row)
     Console().print(table)
+    if report.per_class is not None and len(report.per_class.classes) > MANY_CLASSES:
+        _print_best_and_worst(report.per_class)
     print(report.protocol)
+
+
+def _print_best_and_worst(per_class: PerClass) -> None:
+    shares, other, names = per_class.accuracies(), per_class.taken_for(), per_class.classes
+    table = Table("class", "top-1", "most often taken for", title="best and worst classes")
+    best, worst = per_class.best_and_worst()
+    for numbers in (best, worst[::-1]):
+        for number in numbers:
+            taken = other[number]
+            table.add_row(names[number], percent(shares[number] or 0.0), "" if taken is None else names[taken])
+        table.add_section()
+    Console().print(table)
 
 
 def _write(report: Report, name: str, task: Task) -> None:
@@ -90,12 +107,15 @@ def _write(report: Report, name: str, task: Task) -> None:
         "metrics": report.metrics,
         "protocol": report.protocol,
         **report.details,
+        **(report.per_class.details() if report.per_class else {}),
         "step": subject.step,
         "data": {part.split: part.digest for part in (task.train, task.test)},
         "config": config.plain(cfg),
         "versions": {"fastssl": __version__, "torch": torch.__version__},
     }
     path.write_text(json.dumps(result, indent=1) + "\n")
+    if report.per_class is not None:
+        report.per_class.write_csv(path.with_name(f"{path.stem}-per-class.csv"))
     print(f"result: {path}")
     if subject.run_dir is not None and subject.step is not None:
         from torch.utils.tensorboard import SummaryWriter

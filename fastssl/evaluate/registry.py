@@ -43,6 +43,8 @@ EVALUATORS = {
     "linear": Evaluator(SweepSettings, evaluate_sweep),
     "linear_moco": Evaluator(ProtocolSettings, evaluate_published),
     "linear_swav": Evaluator(ProtocolSettings, evaluate_published),
+    "linear_swav_step": Evaluator(ProtocolSettings, evaluate_published),
+    "linear_swav_6x6_bn": Evaluator(ProtocolSettings, evaluate_published),
     "linear_clsa": Evaluator(ProtocolSettings, evaluate_published),
     "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
     "voc07": Evaluator(VocSettings, evaluate_voc07, trainval_and_test),

@@ -53,9 +53,15 @@ class SweepSettings:
 
 @dataclass(frozen=True)
 class ProtocolSettings(LinearProtocol):
-    """A published protocol: how the layer trains, and its training view (random resized crop and flip)."""
+    """A published protocol: how the layer trains, its features and its training view (random resized crop and flip).
 
-    name: Literal["linear_moco", "linear_swav", "linear_clsa"] = "linear_moco"
+    pooling     of the backbone's last map: "global", or "swav_6x6" (see feature_forms.MapFeatures)
+    test_views  1, the centre crop, or 10, the corners and the centre and their mirrors
+    """
+
+    name: Literal["linear_moco", "linear_swav", "linear_swav_step", "linear_swav_6x6_bn", "linear_clsa"] = "linear_moco"
+    pooling: Literal["global", "swav_6x6"] = "global"
+    test_views: Literal[1, 10] = 1
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip_p: float = 0.5

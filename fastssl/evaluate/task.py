@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import track
+from torch import Tensor
 
 from fastssl import dist
 from fastssl.evaluate.features import Features, features_of, width_of
+from fastssl.evaluate.per_class import PerClass
 from fastssl.evaluate.settings import EvaluateConfig
 from fastssl.evaluate.subject import Subject
 from pipelines.loader import Batch
@@ -22,13 +24,17 @@ from shard_tools.manifest import Manifest
 
 @dataclass(frozen=True)
 class Report:
-    """metrics are fractions, by name; protocol says how they came about, in one line; rows fill the table."""
+    """metrics are fractions, by name; protocol says how they came about, in one line; rows fill the table.
+
+    per_class   for the result file, a CSV beside it and, where there are many classes, the best and worst of them
+    """
 
     metrics: dict[str, float]
     protocol: str
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     details: dict[str, Any] = field(default_factory=dict)
+    per_class: PerClass | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,10 @@ class Task:
     @property
     def num_classes(self) -> int:
         return len(self.train.classes or ())
+
+    def per_class(self, test: Features, predicted: Tensor) -> PerClass:
+        """Of the class numbers that a classifier gave the rows of `test`."""
+        return PerClass(self.train.classes or (), test.labels, predicted)
 
     def features(self, manifest: Manifest, backbone: torch.nn.Module | None = None) -> Features:
         """Of `backbone`, the subject's own by default."""

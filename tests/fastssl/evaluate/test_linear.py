@@ -8,12 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose
 from torch import nn
+from torchvision.transforms.functional import ten_crop
 
-from fastssl.evaluate.features import Features
+from fastssl.evaluate.feature_forms import MapFeatures, TenCrops, whole_square
+from fastssl.evaluate.features import Features, RawPixels
 from fastssl.evaluate.linear import (
     LinearProtocol,
     Standardize,
     initial_head,
+    judge,
+    normalized,
     shuffled_batches,
     stratified_split,
     sweep,
@@ -22,6 +26,8 @@ from fastssl.evaluate.linear import (
 )
 from fastssl.evaluate.registry import find
 from fastssl.evaluate.settings import load
+from fastssl.nn.encoder import build_encoder
+from pipelines.views import ViewSpec
 from tests.oracle import linear as oracle
 
 PAIRS = [(0.01, 0.0), (0.3, 1e-3), (1.0, 0.0), (3.0, 0.1)]
@@ -185,6 +191,21 @@ def test_schedules_are_those_of_the_papers():
     assert [clsa.lr_at(e) for e in (0, 50, 99)] == pytest.approx([10, 5.005, 0.01246473], rel=1e-6)
 
 
+def test_swavs_variants_differ_from_its_protocol_in_what_their_names_say():
+    def settings(name):
+        return vars(find(load([f"evaluator={name}", "checkpoint=pixels", "data.root=x"]))[1])
+
+    swav = settings("linear_swav")
+    assert (swav["pooling"], swav["batch_norm"], swav["test_views"]) == ("global", False, 1)
+    step = {"name": "linear_swav_step", "schedule": "step", "milestones": (60, 80)}
+    pooled = {"name": "linear_swav_6x6_bn", "pooling": "swav_6x6", "batch_norm": True}
+    assert settings("linear_swav_step") == swav | step
+    assert settings("linear_swav_6x6_bn") == swav | pooled
+    assert find(load(["evaluator=linear_swav_step", "checkpoint=pixels", "data.root=x"]))[1].lr_at(60) == pytest.approx(
+        0.03
+    )
+
+
 def test_lr_follows_the_batch_only_when_asked():
     assert replace(MOCO, batch_size=2048).lr_at(0) == 30
     assert replace(MOCO, batch_size=2048, scale_lr=True).lr_at(0) == 240
@@ -309,3 +330,103 @@ def test_the_last_epoch_is_the_result_and_the_best_stands_beside_it(rng):
 def test_a_probe_that_diverges_says_which_setting_to_lower(rng):
     with pytest.raises(ValueError, match=r"lower evaluator\.lr=3e\+38"):
         probe(TinyBackbone(), FakeLoader(rng), replace(SHORT, lr=3e38))
+
+
+# -- other forms of the features --
+
+
+@pytest.fixture(scope="module")
+def resnet():
+    torch.manual_seed(0)
+    return build_encoder("resnet10", width=0.25).eval()
+
+
+@torch.no_grad()
+def last_map(resnet, images):
+    x = resnet.maxpool(resnet.relu(resnet.bn1(resnet.conv1(images))))
+    return resnet.layer4(resnet.layer3(resnet.layer2(resnet.layer1(x))))
+
+
+def test_swavs_pooling_averages_6x6_windows_of_the_7x7_map_channels_first(resnet):
+    images = torch.randn(2, 3, 224, 224)
+    features = MapFeatures(resnet, 224)
+    ours, seen = features(images.contiguous(memory_format=torch.channels_last)).detach(), last_map(resnet, images)
+    assert (features.num_features, seen.shape) == (4 * 128, (2, 128, 7, 7))
+    for p, (top, left) in enumerate([(0, 0), (0, 1), (1, 0), (1, 1)]):
+        window = seen[:, :, top : top + 6, left : left + 6].mean(dim=(2, 3))
+        torch.testing.assert_close(ours[:, p::4], window, rtol=1e-4, atol=1e-5)  # float32, another memory format
+
+
+def test_the_pooling_leaves_the_backbone_as_it_was(resnet):
+    names, features = list(resnet.state_dict()), MapFeatures(resnet, 224)
+    resnet.train()
+    MapFeatures(resnet, 224)  # the side of the map comes from a forward, which must not move batch norm
+    resnet.eval()
+    features(torch.randn(1, 3, 224, 224))
+    assert list(resnet.state_dict()) == names
+    assert not resnet.layer4._forward_hooks
+    assert int(resnet.bn1.num_batches_tracked) == 0
+
+
+def test_backbones_without_a_map_and_maps_smaller_than_the_window_are_refused(resnet):
+    with pytest.raises(ValueError, match=r"map of a ResNet, and this is a RawPixels; say evaluator\.pooling=global"):
+        MapFeatures(RawPixels(), 224)
+    with pytest.raises(ValueError, match=r"a view of 96 px is 3 x 3; say evaluator\.pooling=global, or a larger"):
+        MapFeatures(resnet, 96)
+
+
+def test_ten_crops_are_torchvisions_and_averaging_features_averages_logits():
+    images, head = torch.randn(3, 3, 14, 14), nn.Linear(3 * 4 * 4, 5)
+    backbone = RawPixels(side=4)
+    with torch.no_grad():
+        expected = torch.stack([head(backbone(crop)) for crop in ten_crop(images, 8)]).mean(0)
+        torch.testing.assert_close(head(TenCrops(backbone, 8)(images)), expected, rtol=0, atol=1e-5)
+
+
+def test_ten_crops_need_a_margin_around_the_centre_crop():
+    with pytest.raises(ValueError, match=r"view\.resize is 24, but must be above view\.size=24"):
+        whole_square(ViewSpec(role="test", size=24, crop="center", resize=24))
+    with pytest.raises(ValueError, match=r"evaluator\.test_views is 10, but must be 1 for stamps"):
+        whole_square(ViewSpec(role="test", size=24, crop="turned"))
+    assert whole_square(ViewSpec(role="test", size=24, crop="center", resize=27)).size == 27
+
+
+def test_batch_norm_before_the_layer_is_swavs_over_the_channels_of_the_map():
+    """Float64: the same loss and gradients as BatchNorm2d on the map that the features were flattened from."""
+    torch.manual_seed(5)
+    pooled, labels = torch.randn(6, 7, 2, 2, dtype=torch.float64) * 3 + 1, torch.tensor([0, 1, 2, 0, 1, 2])
+    ours = normalized(nn.Linear(28, 3), 7).double()
+    norm, layer = nn.BatchNorm2d(7).double(), nn.Linear(28, 3).double()
+    layer.load_state_dict(ours[3].state_dict())
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(ours(pooled.flatten(1)), labels)
+        expected = nn.functional.cross_entropy(layer(norm(pooled).flatten(1)), labels)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        loss.backward()
+        expected.backward()
+    torch.testing.assert_close(ours[1].running_var, norm.running_var)
+    torch.testing.assert_close(ours[1].weight.grad, norm.weight.grad)
+    torch.testing.assert_close(ours[3].weight.grad, layer.weight.grad)
+
+
+def test_a_probe_with_batch_norm_learns_alike_whatever_the_scale_of_the_features(rng):
+    class Scaled(TinyBackbone):
+        def forward(self, x):
+            return 1000 * super().forward(x)
+
+    torch.manual_seed(7)
+    backbone, loader = TinyBackbone(), FakeLoader(rng)
+    scaled = Scaled()
+    scaled.load_state_dict(backbone.state_dict())
+    protocol = replace(SHORT, batch_norm=True)
+    plain, large = probe(backbone, loader, protocol), probe(scaled, loader, protocol)
+    assert large.losses == pytest.approx(plain.losses, rel=1e-2)  # BatchNorm's eps is 1e-5 of a variance of about 0.1
+    assert probe(scaled, loader, SHORT).losses[-1] > 100 * plain.losses[-1]
+
+
+def test_judging_gives_the_class_that_its_accuracies_count():
+    scores = torch.tensor([[3.0, 1, 2], [1, 1, 0], [0, 1, 2], [0, 5, 1]])
+    test = Features(scores, torch.tensor([0, 1, 2, 1]), torch.arange(4))
+    judged = judge(lambda x: x, test, "cpu")
+    assert judged.predicted.tolist() == [0, 0, 2, 1]
+    assert (judged.top1, judged.top5) == (0.75, 1.0)
