@@ -14,6 +14,8 @@ from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSett
 from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.task import Report, Task
 from fastssl.evaluate.voc07 import LowShotSettings, VocSettings, evaluate_low_shot, evaluate_voc07, trainval_and_test
+from fastssl.evaluate.voc07_clsa import ClsaSettings, evaluate_clsa
+from fastssl.evaluate.voc07_clsa import train_and_test as voc07_train_and_test
 from fastssl.settings import require
 from shard_tools.manifest import Manifest
 
@@ -49,6 +51,7 @@ EVALUATORS = {
     "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
     "voc07": Evaluator(VocSettings, evaluate_voc07, trainval_and_test),
     "voc07_lowshot": Evaluator(LowShotSettings, evaluate_low_shot, trainval_and_test),
+    "voc07_clsa": Evaluator(ClsaSettings, evaluate_clsa, voc07_train_and_test),
     "representation": Evaluator(RepresentationSettings, evaluate_representation, one_split),
 }
 
