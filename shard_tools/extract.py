@@ -59,12 +59,12 @@ def _file_name(manifest: Manifest, rows: np.ndarray, row: int, payload: bytes) -
         extension = inspect(payload).extension
     except BadImage as bad:  # packed as it was with --on-bad keep
         extension = bad.facts.extension if bad.facts else "bin"
-    stem = os.path.splitext(_original_name(manifest, rows, row).rpartition("/")[2])[0]
+    stem = os.path.splitext(original_name(manifest, rows, row).rpartition("/")[2])[0]
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._-")[:_MAX_NAME]
     return f"{row:09d}_{safe}.{extension}" if safe else f"{row:09d}.{extension}"
 
 
-def _original_name(manifest: Manifest, rows: np.ndarray, row: int) -> str:
+def original_name(manifest: Manifest, rows: np.ndarray, row: int) -> str:
     """The "name" of the sample's .json, the second or third member after the image, or ""."""
     entry = rows[row]
     path = manifest.shard_path(int(entry["shard"]))

@@ -41,7 +41,7 @@ def evaluate_knn(task: Task, settings: KnnSettings) -> Report:
         ("k", "t", "top-1", "top-5"),
         [(str(r.k), f"{r.temperature:g}", percent(r.top1), percent(r.top5)) for r in results],
         {"results": [_plain(r) for r in results]},
-        task.per_class(queries, results[0].predicted),
+        task.per_class(results[0].predicted),
     )
 
 
@@ -76,7 +76,7 @@ def evaluate_sweep(task: Task, settings: SweepSettings) -> Report:
         ("lr", "weight decay", "held-out top-1", "test top-1", "test top-5"),
         rows,
         {"sweep": _plain(result)},
-        task.per_class(test, result.predicted),
+        task.per_class(result.predicted),
     )
 
 
@@ -123,7 +123,7 @@ def evaluate_published(task: Task, settings: ProtocolSettings) -> Report:
         ("epoch", "test top-1", "test top-5"),
         last_and_best(result, settings.epochs, task.test.split),
         {"protocol_settings": dataclasses.asdict(settings), "losses": result.losses, "best_epoch": result.best_epoch},
-        task.per_class(test, result.predicted),
+        task.per_class(result.predicted),
     )
 
 

@@ -30,7 +30,11 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=linear         features once, a sweep of learning rates and weight decays, chosen by held-out train data
   evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
   evaluator=representation RankMe, dimension, spread, alignment of the features: a run judged without labels
-  evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_swav, linear_clsa: theirs
+  evaluator=select         which images to label next: evaluator.budget=100 evaluator.strategy=centers|edges|mixed|...
+  evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_clsa, linear_swav,
+                           linear_swav_step, linear_swav_6x6_bn: theirs; evaluator.test_views=10: ten-crop test
+  evaluator=finetune_1pct  every layer trained on 1 % of each class, or on evaluator.subset_file=NAMES; finetune_10pct,
+                           finetune_full
   evaluator=voc07          VOC07 by linear SVMs, mAP; voc07_lowshot: on 1 to 96 images a class; voc07_clsa: CLSA's own
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastssl import config
 from fastssl.evaluate.classify import evaluate_knn, evaluate_published, evaluate_sweep
+from fastssl.evaluate.finetune import FinetuneSettings, evaluate_finetune
 from fastssl.evaluate.placement import evaluate_placement
 from fastssl.evaluate.representation import RepresentationSettings, evaluate_representation
 from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSettings, ProtocolSettings, SweepSettings
@@ -49,6 +50,9 @@ EVALUATORS = {
     "linear_swav_6x6_bn": Evaluator(ProtocolSettings, evaluate_published),
     "linear_clsa": Evaluator(ProtocolSettings, evaluate_published),
     "placement": Evaluator(PlacementSettings, evaluate_placement, one_split),
+    "finetune_1pct": Evaluator(FinetuneSettings, evaluate_finetune),
+    "finetune_10pct": Evaluator(FinetuneSettings, evaluate_finetune),
+    "finetune_full": Evaluator(FinetuneSettings, evaluate_finetune),
     "voc07": Evaluator(VocSettings, evaluate_voc07, trainval_and_test),
     "voc07_lowshot": Evaluator(LowShotSettings, evaluate_low_shot, trainval_and_test),
     "voc07_clsa": Evaluator(ClsaSettings, evaluate_clsa, voc07_train_and_test),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError, splits
 
 TEST_SPLITS = ("test", "val")  # in this order: where both are packed, val is what the settings were chosen on
@@ -12,10 +14,12 @@ TEST_SPLITS = ("test", "val")  # in this order: where both are packed, val is wh
 def train_and_test(root: str, split: str, test_root: str = "", test_split: str = "") -> tuple[Manifest, Manifest]:
     """The two manifests; test_root "" means root, test_split "" the first of test and val that is there.
 
-    Raises ShardError if a split is missing or has samples without a label, or if the two have different classes.
+    Raises ShardError if a split is missing or has samples without a label, if the two have different classes, or if
+    one of these has no training sample, so that it could never be found.
     """
     train, test = Manifest.load(root, split), find_test(test_root or root, test_split)
     require_same_classes(train, test)
+    _require_every_class(train)
     return train, test
 
 
@@ -53,6 +57,17 @@ def _require_labels(manifest: Manifest) -> None:
     without = int((manifest.index()["label"] < 0).sum())
     if without:
         raise ShardError(f"{without} samples of {manifest.root} have no label; pack it without these")
+
+
+def _require_every_class(train: Manifest) -> None:
+    counts = np.bincount(train.index()["label"], minlength=len(train.classes or ()))
+    empty = np.flatnonzero(counts == 0)
+    if len(empty):
+        name = (train.classes or ())[int(empty[0])]
+        raise ShardError(
+            f"{len(empty)} of the {len(counts)} classes of {train.root} have no image, the first is {name!r}; pack it "
+            f"without these classes, or with images of them"
+        )
 
 
 def _difference(train: Manifest, test: Manifest) -> str:

@@ -51,9 +51,10 @@ class Task:
     def num_classes(self) -> int:
         return len(self.train.classes or ())
 
-    def per_class(self, test: Features, predicted: Tensor) -> PerClass:
-        """Of the class numbers that a classifier gave the rows of `test`."""
-        return PerClass(self.train.classes or (), test.labels, predicted)
+    def per_class(self, predicted: Tensor) -> PerClass:
+        """Of the class numbers that a classifier gave the test samples, in the order of their ids."""
+        labels = torch.from_numpy(self.test.index()["label"][: len(predicted)].astype("int64"))
+        return PerClass(self.train.classes or (), labels, predicted)
 
     def features(self, manifest: Manifest, backbone: torch.nn.Module | None = None) -> Features:
         """Of `backbone`, the subject's own by default."""
@@ -80,9 +81,10 @@ class Task:
         folder = Path(cfg.eval.out) if cfg.eval.out else subject.run_dir and subject.run_dir / "evaluation"
         return folder / f"{name}-{what}{part}.json" if folder else None
 
-    def protocol(self) -> str:
-        """What every protocol line ends with: features, data, view."""
+    def protocol(self, num_train: int = 0) -> str:
+        """What every protocol line ends with: features, data, view. num_train 0: all training images, or the limit."""
         sizes = [min(self.cfg.data.limit or m.num_samples, m.num_samples) for m in (self.train, self.test)]
+        sizes[0] = num_train or sizes[0]
         step = "" if self.subject.step is None else f" at step {self.subject.step}"
         view = self.subject.view
         return (
