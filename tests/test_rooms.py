@@ -63,12 +63,14 @@ def test_no_module_is_a_drawer_for_everything():
     assert not names & {"utils", "util", "helpers", "common", "misc", "manager", "process"}
 
 
-def hazards(tree: ast.AST) -> Iterator[str]:
-    """Calls through which data could run code."""
+def hazards(tree: ast.AST, writes_pickles: bool = False) -> Iterator[str]:
+    """Calls through which data could run code. Writing a pickle runs nothing, but only an exporter has reason to."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.Call):
             continue
         name = ast.unparse(node.func)
+        if writes_pickles and name in ("pickle.dump", "pickle.dumps"):
+            continue
         if name in ("eval", "exec", "os.system", "os.popen") or name.split(".")[0] in ("pickle", "cPickle", "marshal"):
             yield name
         if name in ("yaml.load", "yaml.unsafe_load", "yaml.full_load"):
@@ -83,7 +85,8 @@ def hazards(tree: ast.AST) -> Iterator[str]:
 
 def test_no_package_runs_code_from_data():
     for path in modules(*ROOMS):
-        assert not list(hazards(parsed(path))), path
+        exporter = path.parent == ROOT / "fastssl" / "weights"
+        assert not list(hazards(parsed(path), writes_pickles=exporter)), path
 
 
 @pytest.mark.parametrize(
@@ -100,3 +103,10 @@ def test_no_package_runs_code_from_data():
 )
 def test_a_hazard_is_seen(line):
     assert list(hazards(ast.parse(line)))
+    assert list(hazards(ast.parse(line), writes_pickles=True))
+
+
+def test_a_pickle_may_be_written_where_it_is_the_format_of_others():
+    line = ast.parse("pickle.dumps(arrays, protocol=4)")
+    assert list(hazards(line))
+    assert not list(hazards(line, writes_pickles=True))

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastssl import checkpoint, dist
 from fastssl.evaluate.features import RawPixels
-from fastssl.evaluate.settings import EvaluateConfig
+from fastssl.evaluate.settings import EvaluateConfig, EvaluateView
 from fastssl.nn.encoder import build_encoder
 from fastssl.settings import EncoderConfig
 from fastssl.weights import read
@@ -40,19 +40,19 @@ def load_subject(cfg: EvaluateConfig) -> Subject:
     like = checkpoint.load_meta(checkpoint.find(_folder(cfg.like)))["config"] if cfg.like else {}
     if cfg.checkpoint == "pixels":
         channels = (like.get("encoder") or dataclasses.asdict(cfg.encoder)).get("channels", 3)
-        return Subject(RawPixels(channels=channels).eval(), "raw pixels at 16 x 16", None, None, test_view(cfg, like))
+        return Subject(RawPixels(channels=channels).eval(), "raw pixels at 16 x 16", None, None, _view(cfg, like))
     if cfg.checkpoint == "random":
         encoder = like.get("encoder") or dataclasses.asdict(cfg.encoder)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)
             backbone = build_encoder(**encoder).eval()
-        return Subject(backbone, f"untrained {encoder['name']}", None, None, test_view(cfg, like))
+        return Subject(backbone, f"untrained {encoder['name']}", None, None, _view(cfg, like))
     if is_foreign(Path(cfg.checkpoint)):
         return _foreign(cfg, like)
     backbone, meta = checkpoint.load_backbone(_folder(cfg.checkpoint))
     run_dir = Path(meta["folder"]).resolve().parent.parent
     name = meta["config"]["encoder"]["name"]
-    return Subject(backbone, name, int(meta["step"]), run_dir, test_view(cfg, like or meta["config"]))
+    return Subject(backbone, name, int(meta["step"]), run_dir, _view(cfg, like or meta["config"]))
 
 
 def is_foreign(path: Path) -> bool:
@@ -64,7 +64,7 @@ def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:
     """A file of another project. Its encoder may be left out, so the default one of evaluate.yaml says nothing."""
     told = None if cfg.encoder == EncoderConfig() else cfg.encoder
     backbone, encoder, weights = read.load_backbone(Path(cfg.checkpoint), told)
-    view = test_view(cfg, like or {"views": {"test": {"size": 32 if encoder.stem == "cifar" else 224}}})
+    view = _view(cfg, like or usual_settings(encoder, backbone))
     if dist.rank() == 0:
         print(
             f"weights: {cfg.checkpoint} is {read.described(encoder)} ({weights.layout}); left out: "
@@ -74,18 +74,35 @@ def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:
     return Subject(backbone, encoder.name, None, None, view)
 
 
-def test_view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
-    """The centre crop of `cfg`; what it leaves open is taken from the settings of a training run, {} for none."""
+def _view(cfg: EvaluateConfig, trained: dict[str, Any]) -> ViewSpec:
+    return view_of(trained, cfg.view, cfg.data.mean, cfg.data.std)
+
+
+def usual_settings(encoder: EncoderConfig, backbone: nn.Module) -> dict[str, Any]:
+    """In place of a run's settings, for a file of another project: how large its images probably were."""
+    timms: dict[str, Any] = getattr(backbone, "pretrained_cfg", {})
+    usual_px = 32 if encoder.stem == "cifar" else 224
+    return {"views": {"test": {"size": timms.get("input_size", (3, usual_px, usual_px))[-1]}}}
+
+
+def view_of(
+    trained: dict[str, Any],
+    told: EvaluateView | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> ViewSpec:
+    """The centre crop as told; what that leaves open is taken from the settings of a training run, {} for none."""
+    told = told or EvaluateView()
     monitor = trained.get("knn", {})
     data = trained.get("data", {})
     views = trained.get("views", {})
     size, resize = crop_sizes(
-        cfg.view.size or monitor.get("view_size", 0),
-        cfg.view.resize or monitor.get("view_resize", 0),
+        told.size or monitor.get("view_size", 0),
+        told.resize or monitor.get("view_resize", 0),
         first_view_px(views),
     )
-    mean = cfg.data.mean or tuple(data.get("mean", IMAGENET_MEAN))
-    std = cfg.data.std or tuple(data.get("std", IMAGENET_STD))
+    mean = mean or tuple(data.get("mean", IMAGENET_MEAN))
+    std = std or tuple(data.get("std", IMAGENET_STD))
     view: Mapping[str, Any] = next(iter(views.values()), {})
     augment = {**trained.get("augment", {}), **view.get("augment", {})}
     return center_view(size, resize, mean, std, str(view.get("crop", "")), augment)
