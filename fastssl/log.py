@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,9 @@ class RunLog:
         self._names: list[str] = []
         self._count = 0
         self._waited_s = 0.0
+        self._num_replaced = 0
+        self._bad_list = run_dir / f"bad-samples-rank-{dist.rank()}.txt"
+        self._known_bad = set(self._bad_list.read_text().splitlines()) if self._bad_list.is_file() else set()
         self._window_began = time.perf_counter()
         self._progress: Progress | None = None
         self._last_plain_line = 0.0
@@ -67,7 +70,17 @@ class RunLog:
         else:
             print(text, file=sys.stderr, flush=True)
 
-    def step(self, step: int, output: Output, lr: float, waited_s: float) -> None:
+    def bad_samples(self, sentences: Sequence[str]) -> None:
+        """Name each sample that was replaced once: on this rank's standard error, and in a file of the run."""
+        for sentence in sentences:
+            if sentence not in self._known_bad:
+                self._known_bad.add(sentence)
+                print(f"warning: {sentence}; another one took its place", file=sys.stderr, flush=True)
+                self._bad_list.parent.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
+                with self._bad_list.open("a") as file:
+                    file.write(sentence + "\n")
+
+    def step(self, step: int, output: Output, lr: float, waited_s: float, replaced: Sequence[str] = ()) -> None:
         """After step `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""
         values = {"loss": output.loss, **output.logs}
         self._names = list(values)
@@ -75,6 +88,8 @@ class RunLog:
         self._sum = packed if self._sum is None else self._sum + packed
         self._count += 1
         self._waited_s += waited_s
+        self._num_replaced += len(replaced)
+        self.bad_samples(replaced)
         done = step + 1
         if done % self.every and done != self.total:
             if self._progress:
@@ -87,12 +102,14 @@ class RunLog:
             "images_per_s": self._count * self.batch_size / elapsed,
             "step_s": elapsed / self._count,
             "data_wait": self._waited_s / elapsed,
+            "replaced_samples": float(dist.all_reduce_sum(torch.tensor(self._num_replaced)).item()),
         }
         self.record(done, {**means, **rates})
         self._show(done, means["loss"], rates, elapsed / self._count)
         for sentence in self._watch.look(done, means):
             self.say(f"warning: {sentence}")
         self._sum, self._count, self._waited_s, self._window_began = None, 0, 0.0, time.perf_counter()
+        self._num_replaced = 0
         if not math.isfinite(means["loss"]):
             raise FloatingPointError(
                 f"the loss became {means['loss']} in the {self.every} steps before step {done}; "

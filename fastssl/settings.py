@@ -83,14 +83,19 @@ class LoaderConfig:
     prefetch    batches made ahead of the step that consumes them
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
                 shuffle over a window of open shards, for network storage
+    on_bad      a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s
+    max_bad     share of the data set; when more samples than that were replaced, the run saves and stops
     """
 
     backend: Literal["auto", "dali", "exact", "stamps"] = "auto"
     threads: int = 0
     prefetch: int = 2
     order: Literal["global", "window"] = "global"
+    on_bad: Literal["replace", "fail"] = "replace"
+    max_bad: float = 0.01
 
     def __post_init__(self) -> None:
+        require(0.0 <= self.max_bad <= 1.0, "loader.max_bad", self.max_bad, "a share between 0 and 1")
         require(self.threads >= 0, "loader.threads", self.threads, "0 (all cores) or more")
         require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "1 or more")
 
@@ -197,6 +202,21 @@ class KnnConfig:
 
 
 @dataclass(frozen=True)
+class OnlineConfig:
+    """A classifier that learns beside the method, from labels that the method never sees (evaluate/online.py).
+
+    probe   "off", or "linear"
+    lr      of its Adam
+    """
+
+    probe: Literal["off", "linear"] = "off"
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0.0, "online.lr", self.lr, "above 0")
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a training run is told. `method` holds `name` and the method's own settings."""
 
@@ -209,6 +229,7 @@ class Config:
     optim: OptimConfig
     run: RunConfig
     knn: KnnConfig
+    online: OnlineConfig = field(default_factory=OnlineConfig)
 
     def view_specs(self) -> list[ViewSpec]:
         """The views of one image, in the order of the config. Raises ValueError with key and remedy."""

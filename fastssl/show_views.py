@@ -21,7 +21,7 @@ from fastssl.settings import require
 from fastssl.stamp_pictures import colours, light, picture, scale_of, to_image
 from pipelines import backends, strong
 from pipelines.draw import ViewDraws, draw_view
-from pipelines.reader import Reader
+from pipelines.reader import Reader, whole
 from pipelines.views import ViewSpec, flatten
 from shard_tools.manifest import Manifest
 from shard_tools.stamps import decode
@@ -233,7 +233,7 @@ def _title(specs: Sequence[ViewSpec], view: int) -> str:
 def _read(manifest: Manifest, rows: np.ndarray) -> list[bytes]:
     reader = Reader(manifest, threads=1)
     try:
-        return [file for part in reader.request(rows) for file in part.result()]
+        return whole(file for part in reader.request(rows) for file in part.result())
     finally:
         reader.close()
 

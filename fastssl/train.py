@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastssl import __version__, checkpoint, config, dist
+from fastssl.evaluate.online import OnlineProbe, online_probe
 from fastssl.log import RunLog
 from fastssl.methods import Method, Output, RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
@@ -39,12 +40,15 @@ settings are key=value; the same command with the same run.dir resumes
   recipe=NAME    a published run or a small one, such as swav_256, stl96_moco_v2, cifar10_clsa_cpu, galaxies_cpu
   data.root=SHARDS         run.batch_size=256 (global)   run.duration=200ep|5000steps|10Mimages
   run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
+  knn=cifar knn.every=1ep  online=linear (signs of life while training, both need labels)
   loader.backend=auto|dali|exact|stamps   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
-exit codes: 0 done, 2 a setting or the data is wrong, 4 disk full, 8 the loss is not finite, 75 stopped and saved
+exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
+            8 the loss is not finite, 75 stopped on request and saved
 """
 
 STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
+TOO_MANY_BAD = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +78,7 @@ def run(cfg: Config) -> int:
         until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
         lr = learning_rate(cfg.optim, clock, total)
         training = Training.build(cfg, device, clock)
+        training.probe = online_probe(cfg.online, manifest, training.method, device)
         start, lost = _resume(training, run_dir, loader.fingerprint)
         if start >= until:
             if dist.rank() == 0:
@@ -91,6 +96,8 @@ def run(cfg: Config) -> int:
 
         def save(step: int) -> None:
             state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+            if training.probe:
+                state["online"] = training.probe.state_dict()
             meta = _meta(cfg, loader.fingerprint, training.method)
             with log.pause():
                 checkpoint.save(run_dir, step, training.method, state, meta, cfg.run.keep, training.method.rank_state())
@@ -104,10 +111,21 @@ def run(cfg: Config) -> int:
                 stopped_at = fit(
                     training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
                     save_every=clock.every(cfg.run.save_every, "run.save_every"),
-                    evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=stop,
+                    evaluate_every=clock.every(cfg.knn.every, "knn.every"),
+                    stop=lambda: stop.any_rank_asks(too_many_bad(loader, manifest, cfg)),
                 )  # fmt: skip
         finally:
             log.close()
+        bad = dist.any_rank(too_many_bad(loader, manifest, cfg))
+    if stopped_at < until and bad:
+        if dist.rank() == 0:
+            print(
+                f"error: more than {cfg.loader.max_bad:.2%} of the samples of {manifest.root} are bad, "
+                f"{run_dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --full "
+                f"{manifest.root}`, or allow more with loader.max_bad",
+                file=sys.stderr,
+            )
+        return TOO_MANY_BAD
     if stopped_at < until:
         if dist.rank() == 0:
             print(
@@ -127,6 +145,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     model: torch.nn.Module  # the method, wrapped where ranks average gradients
+    probe: OnlineProbe | None = None  # learns labels beside the method, which does not feel it
 
     @classmethod
     def build(cls, cfg: Config, device: torch.device, clock: Clock) -> Training:
@@ -174,7 +193,9 @@ def fit(
         batch = next(batches)
         waited_s = time.perf_counter() - began
         output = training.step(to_device(batch, training.cfg, training.device), step, lr(step))
-        log.step(step, output, lr(step), waited_s)
+        if training.probe:
+            output.logs |= training.probe.learn(batch.labels)
+        log.step(step, output, lr(step), waited_s, batch.replaced)
 
         done, last, asked = step + 1, step + 1 == steps.stop, stop()
         if evaluate_every and not asked and (done % evaluate_every == 0 or last):
@@ -201,7 +222,13 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
         prefetch=cfg.loader.prefetch,
         output=view_output(cfg, device),
         order=cfg.loader.order,
+        on_bad=cfg.loader.on_bad,
     )
+
+
+def too_many_bad(loader: Loader, manifest: Manifest, cfg: Config) -> bool:
+    """Whether this rank met more bad samples than its share of what is allowed; one is always allowed."""
+    return len(loader.bad_samples) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
 
 
 def view_output(cfg: Config, device: torch.device) -> str:
@@ -245,8 +272,9 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def __call__(self) -> bool:
-        return dist.any_rank(self._asked)
+    def any_rank_asks(self, also: bool = False) -> bool:
+        """Whether any rank got a signal or says `also`. A collective: every rank must call it."""
+        return dist.any_rank(self._asked or also)
 
     def _note(self, number: int, frame: Any) -> None:
         self._asked = True
@@ -300,11 +328,13 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
     state = checkpoint.restore(Path(str(folder)), training.method, training.device)
     training.optimizer.load_state_dict(state["optimizer"])
     training.scaler.load_state_dict(state["scaler"])
+    if training.probe and "online" in state:
+        training.probe.load_state_dict(state["online"])
     return int(meta["step"]), training.method.load_rank_state(checkpoint.load_rank_state(Path(str(folder))))
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.
-_FREE = ("loader.", "knn.", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every", "run.keep",
+_FREE = ("loader.", "knn.", "online", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every", "run.keep",
          "run.resume", "run.threads", "run.stop_after")  # fmt: skip
 
 

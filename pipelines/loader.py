@@ -14,7 +14,7 @@ import os
 import queue
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +24,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipelines.backends import Backend, Job, make
+from pipelines.backends import Backend, DecodeError, Job, make
+from pipelines.bad_samples import ATTEMPTS, replacement
 from pipelines.draw import draw_view
 from pipelines.order import Order, order, rows_for_step, windowed_order
 from pipelines.philox import check_seed
-from pipelines.reader import Reader
+from pipelines.reader import Reader, whole
 from pipelines.views import ViewSpec, by_role, flatten
 from pipelines.views import normalize as normalize  # the other half of a uint8 batch, for the training side
 from shard_tools.manifest import Manifest, ShardError
@@ -48,12 +49,15 @@ class Batch:
     labels  int64 (B,), -1 where the data has none
     ids     int64 (B,), rows of the manifest's index
     step    the global step, counted from 0
+    replaced    what was wrong with samples whose places others have taken, one sentence each; labels and ids are those
+                of the others
     """
 
     views: dict[str, list[Tensor]]
     labels: Tensor
     ids: Tensor
     step: int
+    replaced: tuple[str, ...] = ()
 
 
 class Loader:
@@ -64,7 +68,10 @@ class Loader:
     prefetch    batches that are being made while the consumer works
     output      "uint8": raw pixels, for `normalize`; "float32" or "float16": normalised. Stamps are always normalised
     order       "global", or "window" for network storage (see order.py)
+    on_bad      "fail" at a sample that cannot be read or decoded, or "replace" it (see bad_samples.py); its neighbours
+                keep their views
 
+    bad_samples     row -> what is wrong with it, of those that were replaced so far
     steps_per_epoch     the same on every rank
     dropped_per_epoch   samples that do not fill the last global batch of an epoch; other ones in each epoch
     fingerprint         sha256 of all that decides what a step holds; to be compared at a resume
@@ -86,12 +93,15 @@ class Loader:
         prefetch: int = 2,
         output: str = "uint8",
         order: str = "global",
+        on_bad: str = "fail",
     ) -> None:
         _check(manifest, specs, threads, prefetch)
         check_seed(seed)
         check_batch_size(batch_size, world, manifest.num_samples, f"{manifest.split} in {manifest.root}")
         if order not in ORDERS:
             raise ValueError(f"loader.order is {order!r}, but must be one of {', '.join(ORDERS)}")
+        if on_bad not in ("fail", "replace"):
+            raise ValueError(f"loader.on_bad is {on_bad!r}, but must be fail or replace")
         self.steps_per_epoch = manifest.num_samples // batch_size
         self.dropped_per_epoch = manifest.num_samples % batch_size
         self.fingerprint = _fingerprint(
@@ -109,8 +119,13 @@ class Loader:
             threads=threads,
             depth=prefetch,
             output=output,
+            replace=on_bad == "replace",
         )
         self._stream: _Stream | None = None
+
+    @property
+    def bad_samples(self) -> dict[int, str]:
+        return self._renderer.bad_samples
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps start_step, start_step + 1, ... One iterator at a time: a new one ends the one before.
@@ -259,7 +274,20 @@ def _fingerprint(**what: object) -> str:
 
 
 _Step = tuple[int, int, Order]  # global step, epoch, rows of this rank
-_Reading = tuple[int, int, Order, list[Future[list[bytes]]]]
+_Reading = tuple[int, int, Order, list[Future[list[bytes | ShardError]]]]
+
+
+@dataclass
+class _Pending:
+    """A batch on its way. rows and images are those to render; `attempts` counts the replacements of a place."""
+
+    step: int
+    epoch: int
+    planned: Order
+    rows: Order
+    images: list[bytes]
+    attempts: dict[int, int]
+    replaced: list[str]
 
 
 class _Renderer:
@@ -277,8 +305,11 @@ class _Renderer:
         threads: int,
         depth: int,
         output: str,
+        replace: bool = False,
     ) -> None:
         self._manifest, self._specs, self._seed, self._depth, self._device = manifest, specs, seed, depth, device
+        self._replace = replace
+        self.bad_samples: dict[int, str] = {}
         self._index = manifest.index()
         self._backend: Backend = make(
             backend,
@@ -291,16 +322,18 @@ class _Renderer:
             bands=manifest.bands,
         )
         self._reader = Reader(manifest, _READ_THREADS)
-        self._in_backend: deque[tuple[int, Order]] = deque()
+        self._in_backend: deque[_Pending] = deque()
+        # Collected out of turn, because a batch before them has to be rendered again.
+        self._collected: deque[tuple[_Pending, list[Tensor] | DecodeError]] = deque()
 
     def batches(self, plan: Iterable[_Step]) -> Iterator[Batch]:
         self._discard()
         for step, epoch, rows, reading in self._read_ahead(plan):
-            self._submit(epoch, rows, [image for part in reading for image in part.result()])
-            self._in_backend.append((step, rows))
-            if len(self._in_backend) == self._depth:
+            images = [image for part in reading for image in part.result()]
+            self._submit(self._pending(step, epoch, rows, images))
+            if len(self._in_backend) + len(self._collected) == self._depth:
                 yield self._collect()
-        while self._in_backend:
+        while self._in_backend or self._collected:
             yield self._collect()
 
     def close(self) -> None:
@@ -315,22 +348,72 @@ class _Renderer:
                 yield started.popleft()
         yield from started
 
-    def _submit(self, epoch: int, rows: Order, images: list[bytes]) -> None:
+    def _pending(self, step: int, epoch: int, rows: Order, images: Sequence[bytes | ShardError]) -> _Pending:
+        """The batch to render, with replacements for samples that could not be read."""
+        faults = {i: str(image) for i, image in enumerate(images) if isinstance(image, ShardError)}
+        files = (
+            [b"" if isinstance(image, ShardError) else image for image in images] if self._replace else whole(images)
+        )
+        pending = _Pending(step, epoch, rows, rows.copy(), files, {}, [])
+        self._replace_samples(pending, faults)
+        return pending
+
+    def _submit(self, pending: _Pending) -> None:
+        rows, epoch = pending.rows, pending.epoch
         entries = self._index[rows]
         draws = [
             draw_view(spec, view, self._seed, epoch, rows, entries["width"], entries["height"])
             for view, spec in flatten(self._specs)
         ]
-        self._backend.submit(Job(images, draws, _Names(self._manifest, rows)))
+        self._in_backend.append(pending)
+        self._backend.submit(Job(pending.images, draws, _Names(self._manifest, rows)))
 
     def _collect(self) -> Batch:
-        step, rows = self._in_backend.popleft()
-        views = by_role(self._specs, self._backend.collect())
-        labels = torch.from_numpy(self._index[rows]["label"].astype(np.int64)).to(self._device)
-        return Batch(views, labels, torch.from_numpy(rows.astype(np.int64)).to(self._device), step)
+        pending, result = self._collected.popleft() if self._collected else self._from_backend()
+        while isinstance(result, DecodeError):
+            if not self._replace:
+                raise result
+            # The backend gives back jobs in order, so those behind come out first, and wait.
+            self._collected.extend(self._from_backend() for _ in range(len(self._in_backend)))
+            self._replace_samples(pending, result.faults)
+            self._submit(pending)
+            pending, result = self._from_backend()
+        labels = torch.from_numpy(self._index[pending.rows]["label"].astype(np.int64)).to(self._device)
+        ids = torch.from_numpy(pending.rows.astype(np.int64)).to(self._device)
+        return Batch(by_role(self._specs, result), labels, ids, pending.step, tuple(pending.replaced))
+
+    def _from_backend(self) -> tuple[_Pending, list[Tensor] | DecodeError]:
+        pending = self._in_backend.popleft()
+        try:
+            return pending, self._backend.collect()
+        except DecodeError as error:
+            return pending, error
+
+    def _replace_samples(self, pending: _Pending, faults: Mapping[int, str]) -> None:
+        """Put other samples in the places of `faults`. Raises ShardError when too many in a row are bad as well."""
+        waiting = dict(faults)
+        while waiting:
+            i, fault = waiting.popitem()
+            pending.replaced.append(fault)
+            self.bad_samples[int(pending.rows[i])] = fault
+            attempt = pending.attempts.get(i, 0)
+            if attempt == ATTEMPTS:
+                raise ShardError(
+                    f"{ATTEMPTS} samples that should have replaced a bad one are bad too, the last: {fault}"
+                )
+            pending.attempts[i] = attempt + 1
+            planned = int(pending.planned[i])
+            row = replacement(self._seed, pending.epoch, planned, attempt, self._manifest.num_samples)
+            pending.rows[i] = row
+            ((image,),) = [part.result() for part in self._reader.request(np.array([row]))]
+            if isinstance(image, ShardError):
+                waiting[i] = str(image)
+            else:
+                pending.images[i] = image
 
     def _discard(self) -> None:
         """Take out what an iterator that ended early left in the backend."""
+        self._collected.clear()
         while self._in_backend:
             self._in_backend.popleft()
             with contextlib.suppress(Exception):

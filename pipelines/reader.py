@@ -9,7 +9,7 @@ import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -31,10 +31,11 @@ class Reader:
         self._descriptors = _Descriptors(manifest)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastssl-read")
 
-    def request(self, rows: npt.NDArray[np.int64]) -> list[Future[list[bytes]]]:
+    def request(self, rows: npt.NDArray[np.int64]) -> list[Future[list[bytes | ShardError]]]:
         """Start reading samples; the results, joined in order, are the image files of `rows` in their order.
 
-        A result raises ShardError, naming shard and member, if the bytes cannot be read or are not those packed.
+        In the place of one that cannot be read, or whose bytes are not those packed, is a ShardError that names shard
+        and member.
         """
         return [self._pool.submit(self._read, rows[i : i + _TASK_ROWS]) for i in range(0, len(rows), _TASK_ROWS)]
 
@@ -42,21 +43,21 @@ class Reader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._descriptors.close()
 
-    def _read(self, rows: npt.NDArray[np.int64]) -> list[bytes]:
+    def _read(self, rows: npt.NDArray[np.int64]) -> list[bytes | ShardError]:
         entries = self._index[rows]
         fields = (entries[name].tolist() for name in ("shard", "offset", "size", "crc32"))
         return [self._read_one(*entry) for entry in zip(rows.tolist(), *fields)]
 
-    def _read_one(self, row: int, shard: int, offset: int, size: int, crc32: int) -> bytes:
+    def _read_one(self, row: int, shard: int, offset: int, size: int, crc32: int) -> bytes | ShardError:
         try:
             with self._descriptors.opened(shard) as descriptor:
                 payload = _read_exactly(descriptor, size, offset)
         except OSError as error:
-            raise self._fault(row, f"cannot be read ({error.strerror})") from error
+            return self._fault(row, f"cannot be read ({error.strerror})")
         if len(payload) != size:
-            raise self._fault(row, f"ends after {len(payload)} of {size} bytes, the shard was cut")
+            return self._fault(row, f"ends after {len(payload)} of {size} bytes, the shard was cut")
         if zlib.crc32(payload) != crc32:
-            raise self._fault(row, "has other bytes than were packed (its crc32 differs)")
+            return self._fault(row, "has other bytes than were packed (its crc32 differs)")
         return payload
 
     def _fault(self, row: int, what: str) -> ShardError:
@@ -64,6 +65,16 @@ class Reader:
         return ShardError(
             f"{where} {what}; restore that shard, and run `shard_tools verify --full {folder}` for others"
         )
+
+
+def whole(images: Iterable[bytes | ShardError]) -> list[bytes]:
+    """The image files, if all could be read. Raises the first ShardError."""
+    files = []
+    for image in images:
+        if isinstance(image, ShardError):
+            raise image
+        files.append(image)
+    return files
 
 
 def _read_exactly(descriptor: int, size: int, offset: int) -> bytes:

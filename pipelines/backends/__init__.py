@@ -7,9 +7,10 @@ number of threads never change the pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -49,7 +50,7 @@ class Backend(Protocol):
 
         uint8 output is raw pixels 0..255; float32 and float16 are normalised with the spec's mean and std. Views of
         stamps are always the latter, float32 where the output is uint8.
-        Raises DecodeError naming the sample if one cannot be decoded.
+        Raises DecodeError naming all samples that cannot be decoded; the jobs behind it are not touched.
         """
         ...
 
@@ -57,7 +58,32 @@ class Backend(Protocol):
 
 
 class DecodeError(RuntimeError):
-    """A sample that no decoder accepts; the message names shard and member."""
+    """Samples that no decoder accepts; the message names shard and member of each.
+
+    faults  place in the job -> what is wrong there
+    """
+
+    def __init__(self, faults: Mapping[int, str]) -> None:
+        self.faults = dict(sorted(faults.items()))
+        super().__init__("; ".join(self.faults.values()))
+
+
+def wait_for(tasks: Iterable[Future[None]]) -> None:
+    """Until all tasks of a job are done. Raises one DecodeError for the bad samples of all of them."""
+    faults: dict[int, str] = {}
+    for task in tasks:
+        faults |= faults_of(task.result)
+    if faults:
+        raise DecodeError(faults)
+
+
+def faults_of(work: Callable[..., None], *arguments: Any) -> dict[int, str]:
+    """The faults of the DecodeError that `work(*arguments)` ends with; none if it ends well."""
+    try:
+        work(*arguments)
+    except DecodeError as error:
+        return error.faults
+    return {}
 
 
 def chosen(name: str, device: str, bands: int = 0) -> str:

@@ -9,6 +9,7 @@ tenth of the time of their view, and half of that holds the GIL.
 from __future__ import annotations
 
 import io
+import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from pipelines import strong
 from pipelines.augment import AugmentSpec
-from pipelines.backends import DecodeError, Job, colour
+from pipelines.backends import DecodeError, Job, colour, faults_of, wait_for
 from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec, flatten, normalize
 
@@ -57,8 +58,7 @@ class ExactBackend:
 
     def collect(self) -> list[Tensor]:
         views, tasks = self._jobs.popleft()
-        for task in tasks:
-            task.result()
+        wait_for(tasks)
         return [self._finish(view.permute(0, 3, 1, 2), spec) for view, spec in zip(views, self._specs)]
 
     def close(self) -> None:
@@ -72,16 +72,23 @@ class ExactBackend:
         """Write all views of the samples `part` into `pixels`, one array (B, S, S, 3) a view."""
         num = part.stop - part.start
         planes = [np.empty((3, num, spec.size, spec.size), dtype=np.uint8) for spec in self._specs]
+        faults: dict[int, str] = {}
         for i in range(num):
-            image = _decode(job, part.start + i)
-            for view, spec in enumerate(self._specs):
-                resized = _crop_and_resize(image, spec, job, view, part.start + i)
-                lines = np.frombuffer(resized.tobytes("raw", "RGB;L"), dtype=np.uint8)  # a line of red, of green, ...
-                planes[view][:, i] = lines.reshape(spec.size, 3, spec.size).swapaxes(0, 1)
+            faults |= faults_of(self._crop_and_resize, job, part.start + i, [plane[:, i] for plane in planes])
+        if faults:
+            raise DecodeError(faults)
         for view, spec in enumerate(self._specs):
             _augment(planes[view], spec.augment, job.draws[view], part)
             _interleave(planes[view], job.draws[view].flip[part], pixels[view][part])
             _apply_strong(pixels[view][part], job.draws[view], part)
+
+    def _crop_and_resize(self, job: Job, i: int, planes: Sequence[Pixels]) -> None:
+        """Decode sample i and write the crop of each view into `planes`, one array (3, S, S) a view."""
+        image = _decode(job, i)
+        for view, spec in enumerate(self._specs):
+            resized = _crop_and_resize(image, spec, job, view, i)
+            lines = np.frombuffer(resized.tobytes("raw", "RGB;L"), dtype=np.uint8)  # a line of red, of green, ...
+            planes[view][:] = lines.reshape(spec.size, 3, spec.size).swapaxes(0, 1)
 
 
 def _decode(job: Job, i: int) -> Image.Image:
@@ -91,9 +98,9 @@ def _decode(job: Job, i: int) -> Image.Image:
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise DecodeError(
-            f"{job.names[i]} cannot be decoded ({error}); pack the data again with --on-bad quarantine"
-        ) from error
+        reason = re.sub(r" ?<.*? at 0x[0-9a-f]+>", "", str(error))  # an address differs from run to run
+        fault = f"{job.names[i]} cannot be decoded ({reason}); pack the data again with --on-bad quarantine"
+        raise DecodeError({i: fault}) from error
 
 
 def _crop_and_resize(image: Image.Image, spec: ViewSpec, job: Job, view: int, i: int) -> Image.Image:
@@ -101,10 +108,11 @@ def _crop_and_resize(image: Image.Image, spec: ViewSpec, job: Job, view: int, i:
         return _center_crop(image, spec)
     top, left, height, width = job.draws[view].crop[i].tolist()
     if left + width > image.width or top + height > image.height:
-        raise DecodeError(
+        fault = (
             f"{job.names[i]} is {image.width} x {image.height} px, but the index of its shards says otherwise;"
             " pack the data again, or run `shard_tools index`"
         )
+        raise DecodeError({i: fault})
     # Not `resize(box=...)`: at the border of the box it would mix in pixels from outside, which torchvision does not.
     return image.crop((left, top, left + width, top + height)).resize((spec.size, spec.size), Image.Resampling.BILINEAR)
 

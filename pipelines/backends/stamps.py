@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from pipelines.augment import AugmentSpec
-from pipelines.backends import DecodeError, Job
+from pipelines.backends import DecodeError, Job, faults_of, wait_for
 from pipelines.views import ViewSpec, flatten
 from shard_tools.stamps import decode
 
@@ -75,8 +75,7 @@ class StampsBackend:
 
     def collect(self) -> list[Tensor]:
         views, tasks = self._jobs.popleft()
-        for task in tasks:
-            task.result()
+        wait_for(tasks)
         return [view.permute(0, 3, 1, 2).to(self._device, non_blocking=True) for view in views]
 
     def close(self) -> None:
@@ -84,30 +83,34 @@ class StampsBackend:
 
     def _render(self, job: Job, part: Sequence[int], arrays: Sequence[npt.NDArray[np.floating]]) -> None:
         """Write all views of the samples `part` into `arrays`, one (B, S, S, C) a view."""
+        faults: dict[int, str] = {}
         for i in part:
-            stamp = self._decode(job, i)
-            windows: dict[tuple[float, ...], Floats] = {}  # a view that shows where another is positive shares its own
-            for spec, draws, array in zip(self._specs, job.draws, arrays):
-                place = (*draws.crop[i].tolist(), draws.turn_deg[i].item())
-                if place not in windows:
-                    windows[place] = turned_window(stamp, *place)
-                array[i] = _shown(windows[place][:, ::-1] if draws.flip[i] else windows[place], spec)
+            faults |= faults_of(self._render_one, job, i, arrays)
+        if faults:
+            raise DecodeError(faults)
+
+    def _render_one(self, job: Job, i: int, arrays: Sequence[npt.NDArray[np.floating]]) -> None:
+        stamp = self._decode(job, i)
+        windows: dict[tuple[float, ...], Floats] = {}  # a view that shows where another is positive shares its own
+        for spec, draws, array in zip(self._specs, job.draws, arrays):
+            place = (*draws.crop[i].tolist(), draws.turn_deg[i].item())
+            if place not in windows:
+                windows[place] = turned_window(stamp, *place)
+            array[i] = _shown(windows[place][:, ::-1] if draws.flip[i] else windows[place], spec)
 
     def _decode(self, job: Job, i: int) -> Floats:
         try:
             pixels = decode(job.images[i])
         except ValueError as error:
-            raise DecodeError(f"{job.names[i]} is no good stamp: {error}; pack the data again") from None
+            raise DecodeError({i: f"{job.names[i]} is no good stamp: {error}; pack the data again"}) from None
         bands, height, width = pixels.shape
         if bands != self._bands:
-            raise DecodeError(
-                f"{job.names[i]} has {bands} bands, but its manifest says {self._bands}; pack the data again"
-            )
+            fault = f"{job.names[i]} has {bands} bands, but its manifest says {self._bands}; pack the data again"
+            raise DecodeError({i: fault})
         largest = max(spec.size for spec in self._specs)
         if min(height, width) < largest:
-            raise DecodeError(
-                f"{job.names[i]} is {width} x {height} px, smaller than a view of {largest}; lower views.*.size"
-            )
+            fault = f"{job.names[i]} is {width} x {height} px, smaller than a view of {largest}; lower views.*.size"
+            raise DecodeError({i: fault})
         return pixels.transpose(1, 2, 0)
 
 

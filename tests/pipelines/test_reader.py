@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipelines.reader import Reader, _Descriptors
+from pipelines.reader import Reader, _Descriptors, whole
 from shard_tools.manifest import Manifest, ShardError
 
 
 def read(reader: Reader, rows: list[int]) -> list[bytes]:
-    return [payload for part in reader.request(np.array(rows, dtype=np.int64)) for payload in part.result()]
+    return whole(payload for part in reader.request(np.array(rows, dtype=np.int64)) for payload in part.result())
 
 
 @pytest.fixture

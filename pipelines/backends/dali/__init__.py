@@ -82,24 +82,23 @@ class DaliBackend:
     def _explain(self, job: Job, error: RuntimeError) -> Exception:
         """The samples to blame, which DALI often does not name: decodes them all again, one by one."""
         decoder = make_decoder(batch_size=1, num_threads=1, prefetch_queue_depth=1, **self._place)
-        faults = []
+        faults = {}
+        remedy = (
+            "pack the data again, `shard_tools pack` sets bad images aside, or choose loader.backend=exact for formats "
+            "that only Pillow reads"
+        )
         for i, image in enumerate(job.images):
             decoder.feed_input("encoded", _as_arrays([image]))
             try:
                 (decoded,) = decoder.run()
             except RuntimeError:
-                faults.append(f"{job.names[i]} cannot be decoded by DALI")
+                faults[i] = f"{job.names[i]} cannot be decoded by DALI; {remedy}"
                 continue
             height, width, _ = decoded[0].shape()
             crops = np.stack([draws.crop[i] for draws in job.draws])
             if (crops[:, :2] + crops[:, 2:] > (height, width)).any():
-                faults.append(f"{job.names[i]} is {width} x {height} px, but its index says otherwise")
-        if not faults:
-            return error
-        return DecodeError(
-            "; ".join(faults) + "; pack the data again, `shard_tools pack` sets bad images aside, or choose "
-            "loader.backend=exact for formats that only Pillow reads"
-        )
+                faults[i] = f"{job.names[i]} is {width} x {height} px, but its index says otherwise; {remedy}"
+        return DecodeError(faults) if faults else error
 
 
 def _as_arrays(images: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
