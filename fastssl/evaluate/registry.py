@@ -11,6 +11,7 @@ from fastssl.evaluate.classify import evaluate_knn, evaluate_published, evaluate
 from fastssl.evaluate.finetune import FinetuneSettings, evaluate_finetune
 from fastssl.evaluate.placement import evaluate_placement
 from fastssl.evaluate.representation import RepresentationSettings, evaluate_representation
+from fastssl.evaluate.select import SelectSettings, evaluate_select
 from fastssl.evaluate.settings import EvaluateConfig, KnnSettings, PlacementSettings, ProtocolSettings, SweepSettings
 from fastssl.evaluate.splits import train_and_test
 from fastssl.evaluate.task import Report, Task
@@ -57,6 +58,7 @@ EVALUATORS = {
     "voc07_lowshot": Evaluator(LowShotSettings, evaluate_low_shot, trainval_and_test),
     "voc07_clsa": Evaluator(ClsaSettings, evaluate_clsa, voc07_train_and_test),
     "representation": Evaluator(RepresentationSettings, evaluate_representation, one_split),
+    "select": Evaluator(SelectSettings, evaluate_select, one_split),
 }
 
 
