@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from fastssl import dist
 from fastssl.evaluate import gallery
+from fastssl.evaluate.features import Features
 from fastssl.evaluate.settings import PlacementSettings
 from fastssl.evaluate.task import Report, Task, percent
 from shard_tools.manifest import Manifest
@@ -108,28 +109,27 @@ def chosen_queries(worst: Tensor, num: int, seed: int) -> tuple[list[int], list[
 
 
 def draw_gallery(
-    manifest: Manifest, codes: Tensor, placed: dict[str, Tensor], settings: PlacementSettings, seed: int
+    manifest: Manifest, bank: Features, placed: dict[str, Tensor], settings: PlacementSettings, seed: int
 ) -> Image.Image:
-    """A row a query: the image, its mirrored copies with their placements, the most similar images with their cosines.
-
-    Row i of codes and placements is sample i, as in the first so many of a split.
-    """
+    """A row a query: the image, its mirrored copies with their placements, the most similar images with cosines."""
+    codes, ids = bank.features, bank.ids.tolist()
     worst = torch.stack(list(placed.values())).amax(0)
     drawn, misplaced = chosen_queries(worst, settings.gallery, seed)
     queries = drawn + misplaced
     neighbours, cosines = most_similar(codes, torch.tensor(queries), min(settings.neighbours, len(codes) - 1))
     rows = []
     for query, near, similar in zip(queries, neighbours.tolist(), cosines.tolist()):
-        image, *others = gallery.thumbnails(manifest, [query, *near])
+        sample, *samples = (ids[row] for row in [query, *near])
+        image, *others = gallery.thumbnails(manifest, [sample, *samples])
         cells = [gallery.Cell(image, ("the image",))]
         for name, ranks in placed.items():
             turned = image.transpose(TURNS[name])
             cells.append(gallery.Cell(turned, (name.replace("_", "-"), f"placed {int(ranks[query]):,}")))
-        for other, sample, cosine in zip(others, near, similar):
-            kind = gallery.shortened(gallery.class_of(manifest, sample) or str(sample))
+        for other, found, cosine in zip(others, samples, similar):
+            kind = gallery.shortened(gallery.class_of(manifest, found) or str(found))
             cells.append(gallery.Cell(other, (kind, f"cosine {cosine:.3f}")))
         why = "drawn at random" if query in drawn else "placed worst"
-        rows.append(gallery.Row((str(query), gallery.class_of(manifest, query), why), tuple(cells)))
+        rows.append(gallery.Row((str(sample), gallery.class_of(manifest, sample), why), tuple(cells)))
     return gallery.draw_sheet(
         rows, f"mirrored copies, placed by {settings.metric} among {len(codes):,} images, and the most similar images"
     )
@@ -159,7 +159,8 @@ def draw_histogram(placed: dict[str, Tensor], num_images: int, out: Path, title:
 
 
 def evaluate_placement(task: Task, settings: PlacementSettings) -> Report:
-    codes = task.features(task.train).features
+    bank = task.features(task.train)
+    codes = bank.features
     placed = {}
     for name, dims in MIRRORINGS.items():
         mirrored = task.features(task.train, Mirrored(task.subject.backbone, dims))
@@ -170,7 +171,7 @@ def evaluate_placement(task: Task, settings: PlacementSettings) -> Report:
     if settings.picture and path is not None and dist.rank() == 0:
         draw_histogram(placed, len(codes), path.with_suffix(".png"), task.subject.label)
         if settings.gallery and len(codes) > 1:
-            sheet = draw_gallery(task.train, codes, placed, settings, task.cfg.run.seed)
+            sheet = draw_gallery(task.train, bank, placed, settings, task.cfg.run.seed)
             gallery.save(sheet, path.with_name(f"{path.stem}-gallery.png"))
     view = task.subject.view
     return Report(

@@ -12,6 +12,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -116,11 +117,12 @@ def uniformity(unit_rows: Tensor, t: float = 2.0) -> float:
 
 
 def training_view(task: Task) -> ViewSpec | None:
-    """The first training view of the run, drawn twice for each image; None for a baseline that is like no run."""
-    run = task.cfg.like or (task.cfg.checkpoint if task.subject.step is not None else "")
-    if not run:
+    """The first training view of the run, drawn twice for each image; None without a run, or one it is like."""
+    run = Path(task.cfg.like or (task.cfg.checkpoint if task.subject.step is not None else ""))
+    if run == Path():
         return None
-    trained = convert(Config, checkpoint.load_meta(checkpoint.find(run))["config"]).view_specs()
+    folder = checkpoint.find(run.parent if run.is_file() else run)
+    trained = convert(Config, checkpoint.load_meta(folder)["config"]).view_specs()
     return dataclasses.replace(trained[0], role="pair", count=2, same_as="")
 
 
@@ -161,7 +163,7 @@ def evaluate_representation(task: Task, settings: RepresentationSettings) -> Rep
         "feature_std": feature_std(unit).item(),
         "uniformity": uniformity(unit[compared]),
     }
-    view, paired = training_view(task), "no alignment: a baseline has no training views (give like=RUN)"
+    view, paired = training_view(task), "no alignment: there is no run to take training views from (give like=RUN)"
     if view is not None:
         ids = _some(num_images, settings.pairs or num_images, seed)
         one, other = paired_features(task, view, ids)

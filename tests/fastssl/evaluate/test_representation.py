@@ -137,6 +137,11 @@ def test_the_pairs_are_two_training_views_of_the_same_image(run_dir, patch_shard
     assert not torch.equal(one, other)
 
 
+def test_a_checkpoints_own_file_stands_for_its_folder(run_dir, patch_shards):
+    file = run_dir / "checkpoints" / "step-00000007" / "model.pt"
+    assert training_view(task_for(file, patch_shards)) == training_view(task_for(run_dir, patch_shards)) is not None
+
+
 def test_the_command_needs_no_labels_and_reports_every_measure(run_dir, tiny_shards_unlabelled, capsys):
     base = ["evaluator=representation", f"checkpoint={run_dir}", f"data.root={tiny_shards_unlabelled}"]
     metrics = evaluate.run(load([*base, "evaluator.pairs=20", "evaluator.uniformity=30"]))
@@ -181,5 +186,5 @@ def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     two = json.loads((tmp_path / "two.json").read_text())["metrics"]
-    # The features are equal to the bit; sums over them are made by another number of threads.
-    assert two == pytest.approx(alone, rel=1e-9)
+    # Each rank has fewer threads than one process, which changes the last bits of float32 features.
+    assert two == pytest.approx(alone, rel=1e-6)
