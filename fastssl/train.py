@@ -334,8 +334,8 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.
-_FREE = ("loader.", "knn.", "online", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every", "run.keep",
-         "run.resume", "run.threads", "run.stop_after")  # fmt: skip
+_FREE = ("loader.", "knn.", "online", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every",
+         "run.keep", "run.resume", "run.threads", "run.stop_after")  # fmt: skip
 
 
 def _changed(before: Any, now: Any, path: str = "") -> list[str]:
