@@ -31,7 +31,6 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
   evaluator=placement      of all images, is a mirrored copy nearest to its original? needs no labels, no test split
   evaluator=representation RankMe, dimension, spread, alignment of the features: a run judged without labels
   evaluator=select         which images to label next: evaluator.budget=100 evaluator.strategy=centers|edges|mixed|...
-  evaluator=select         which images to label next: evaluator.budget=100 evaluator.strategy=centers|edges|mixed|...
   evaluator=linear_moco    MoCo's published protocol, 100 epochs of augmented views; linear_clsa, linear_swav,
                            linear_swav_step, linear_swav_6x6_bn: theirs; evaluator.test_views=10: ten-crop test
   evaluator=finetune_1pct  every layer trained on 1 % of each class, or on evaluator.subset_file=NAMES; finetune_10pct,
