@@ -1,6 +1,6 @@
 """Which images to label next: a reproducible list of `budget` of them, chosen by features alone (see strategies.py).
 
-The entropy of an image is that of softmax(-|x - c|^2 / temperature) over the clusters' centres c, in nats or, with
+The entropy of an image is that of its softmax over the clusters (strategies.assign), in nats, or, with
 evaluator.entropy=grey_levels, that of the histogram of its own 256 grey levels, in bits. All distances are between
 features on the unit sphere. One thread chooses, and every rank by itself, so that nothing but the last bits of the
 features could change the list: k-means costs N * clusters * D a round, `edges` N * budget * D in all.
@@ -55,7 +55,7 @@ class SelectSettings:
 
     shares      of the budget, for `mixed` alone; they need not add up to 1
     clusters    of k-means; 0 takes the budget, 1000 at most
-    temperature of the softmax over squared distances, which lie between 0 and 4
+    temperature of the softmax over squared distances, in units of their mean to the nearest centre
     exclude     a file of samples that have labels already, an id or an original name a line; "" for none
     sheet       images of each strategy on the contact sheet; 0 draws none
     """
@@ -65,7 +65,7 @@ class SelectSettings:
     strategy: Literal["centers", "edges", "low_entropy", "high_entropy", "spectrum", "random", "mixed"] = "centers"
     shares: dict[str, float] = field(default_factory=dict)
     clusters: int = 0
-    temperature: float = 0.1
+    temperature: float = 0.3
     entropy: Literal["clusters", "grey_levels"] = "clusters"
     exclude: str = ""
     sheet: int = 96

@@ -157,11 +157,16 @@ def k_means(points: Array, num_clusters: int, seed: int) -> Array:
 
 
 def assign(points: Array, centres: Array, temperature: float) -> tuple[Array, Array, Array]:
-    """Of each point (M, D): its nearest centre, the distance to it, and the entropy of its softmax over the centres."""
+    """Of each point (M, D): its nearest centre, the distance to it, and the entropy in nats of softmax(-d^2 / scale).
+
+    d are the distances to all centres. The scale is `temperature` times the mean of the smallest d^2, so that the
+    entropies do not depend on the units of the features, nor on how far they are spread.
+    """
+    scale = temperature * max(float((nearest(points, centres) ** 2).mean()), 1e-30)  # each point may be its own centre
     found = []
     for start in range(0, len(points), CHUNK):
         squared = _squared_distances(points[start : start + CHUNK], centres)
-        scaled = -squared / temperature
+        scaled = -squared / scale
         p = np.exp(scaled - scaled.max(1, keepdims=True))
         p /= p.sum(1, keepdims=True)
         entropy = -np.sum(p * np.log(np.where(p > 0, p, 1)), axis=1)

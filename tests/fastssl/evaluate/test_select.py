@@ -122,17 +122,23 @@ def test_entropy_is_high_between_blobs_and_low_inside_them():
 
 
 @pytest.mark.parametrize("temperature", [1e-3, 0.1, 50.0])
-def test_assignment_is_the_softmax_of_squared_distances(rng, temperature):
+def test_assignment_is_the_softmax_of_squared_distances_in_units_of_their_own(rng, temperature):
     stats = pytest.importorskip("scipy.stats")
     points, centres = rng.normal(size=(1100, 4)), rng.normal(size=(6, 4))  # more than a chunk of points
     cluster, distance, entropy = assign(points, centres, temperature)
     apart = np.linalg.norm(points[:, None] - centres, axis=2)
     assert cluster.tolist() == apart.argmin(1).tolist()
     assert_allclose(distance, apart.min(1), rtol=1e-9)
-    logits = -(apart**2) / temperature
+    logits = -(apart**2) / (temperature * (apart.min(1) ** 2).mean())
     p = np.exp(logits - logits.max(1, keepdims=True))
     assert_allclose(entropy, stats.entropy(p, axis=1), rtol=1e-6, atol=1e-12)
     assert_allclose(nearest(points, centres), apart.min(1), rtol=1e-9)
+    assert_allclose(assign(1e-3 * points, 1e-3 * centres, temperature)[2], entropy, rtol=1e-6, atol=1e-12)
+
+
+def test_points_that_are_their_own_centres_have_no_entropy():
+    cluster, distance, entropy = assign(np.eye(4), np.eye(4), 0.3)
+    assert (cluster.tolist(), distance.tolist(), entropy.tolist()) == ([0, 1, 2, 3], [0.0] * 4, [0.0] * 4)
 
 
 def test_the_spectrum_takes_one_of_each_part_of_the_order_of_entropy(blobs):
