@@ -46,7 +46,7 @@ def state(run_dir: Path) -> dict[str, torch.Tensor]:
         if isinstance(node, dict):
             for key, child in node.items():
                 walk(child, f"{path}.{key}")
-        elif isinstance(node, list):
+        elif isinstance(node, list | tuple):
             for i, child in enumerate(node):
                 walk(child, f"{path}[{i}]")
         else:
