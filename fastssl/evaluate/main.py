@@ -37,6 +37,7 @@ fastssl-evaluate: accuracy of a frozen backbone on labelled shards (= torchrun -
                            finetune_full
   evaluator=voc07          VOC07 by linear SVMs, mAP; voc07_lowshot: on 1 to 96 images a class; voc07_clsa: CLSA's own
   checkpoint=RUN|RUN/checkpoints/step-N|random|pixels      encoder=resnet50 for checkpoint=random without like=RUN
+  checkpoint=FILE          weights of MoCo, SwAV, VISSL, solo-learn, lightly, torchvision, timm (docs/weights.md)
   data.root=SHARDS         data.split=train   data.test_root=SHARDS   data.test_split=test|val   data.limit=0
   view.size=0 view.resize=0 (px, 0: as in training)        eval.out=FOLDER|FILE.json
   run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16    run.batch_size=256 (images per forward on each rank)
@@ -104,7 +105,7 @@ def _write(report: Report, name: str, task: Task) -> None:
     cfg, subject = task.cfg, task.subject
     path = task.result_path(name)
     if path is None:
-        print("no result file: a baseline has no run to put it beside; give eval.out=FILE.json", file=sys.stderr)
+        print("no result file: there is no run to put it beside; give eval.out=FILE.json", file=sys.stderr)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {

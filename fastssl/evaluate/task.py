@@ -76,7 +76,7 @@ class Task:
         cfg, subject = self.cfg, self.subject
         if cfg.eval.out.endswith(".json"):
             return Path(cfg.eval.out)
-        what = cfg.checkpoint if subject.step is None else f"step-{subject.step:08d}"
+        what = Path(cfg.checkpoint).name if subject.step is None else f"step-{subject.step:08d}"
         part = f"-limit-{cfg.data.limit}" if cfg.data.limit else ""  # a quick look must not overwrite the real result
         folder = Path(cfg.eval.out) if cfg.eval.out else subject.run_dir and subject.run_dir / "evaluation"
         return folder / f"{name}-{what}{part}.json" if folder else None

@@ -34,6 +34,15 @@ def test_a_foreign_file_is_evaluated_by_the_encoder_it_shows(moco_file, patch_sh
     assert "128 features of resnet10, fp32" in result["protocol"]
 
 
+def test_the_result_in_a_folder_has_the_files_name(moco_file, patch_shards, tmp_path):
+    run(
+        load(
+            [f"checkpoint={moco_file}", f"data.root={patch_shards}", "evaluator.k=[5]", f"eval.out={tmp_path}/results"]
+        )
+    )
+    assert "knn-moco.pth.tar.json" in [path.name for path in (tmp_path / "results").iterdir()]
+
+
 def test_the_view_is_the_stems_unless_told_or_taken_from_a_run(moco_file, run_dir, patch_shards):
     base = [f"checkpoint={moco_file}", f"data.root={patch_shards}"]
     assert load_subject(load(base)).view.size == 32
