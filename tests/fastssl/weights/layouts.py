@@ -28,6 +28,11 @@ def numbered(shapes: dict[str, tuple[int, ...]], start: int = 1) -> dict[str, Te
     }  # fmt: skip
 
 
+def others(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same names and shapes that must not be taken for these."""
+    return numbered({key: tuple(value.shape) for key, value in tensors.items()}, 5000)
+
+
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {prefix + key: value for key, value in tensors.items()}
 
@@ -45,10 +50,9 @@ SWAV_HEAD = {
 
 def moco(head: dict[str, tuple[int, ...]] = MLP, queue: int = 65536) -> dict:
     """main_moco.py: what a training run saves."""
-    wrong = {key: value + 5000 for key, value in trunk().items()}
     state = {
         **under("module.encoder_q.", trunk() | numbered(head, 9000)),
-        **under("module.encoder_k.", wrong | numbered(head, 9100)),
+        **under("module.encoder_k.", others(trunk()) | numbered(head, 9100)),
         "module.queue": torch.zeros(()).expand(128, queue),
         "module.queue_ptr": torch.zeros(1, dtype=torch.int64),
     }
@@ -89,7 +93,7 @@ def vissl() -> dict:
 def solo_learn() -> dict:
     state = {
         **under("backbone.", trunk("resnet18")),
-        **under("momentum_backbone.", {key: value + 5000 for key, value in trunk("resnet18").items()}),
+        **under("momentum_backbone.", others(trunk("resnet18"))),
         **numbered({"classifier.weight": (10, 512), "projector.0.weight": (2048, 512)}, 9000),
         "queue": torch.zeros(2, 256, 4),
     }
@@ -117,7 +121,7 @@ def moco_cifar() -> dict:
     own |= numbered({"9.weight": (128, 512), "9.bias": (128,)}, 9000)
     state = {
         **under("encoder_q.net.", own),
-        **under("encoder_k.net.", {key: value + 5000 for key, value in own.items()}),
+        **under("encoder_k.net.", others(own)),
         "queue": torch.zeros(128, 4096),
         "queue_ptr": torch.zeros(1, dtype=torch.int64),
     }

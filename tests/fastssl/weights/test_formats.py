@@ -169,6 +169,14 @@ def test_the_hub_folder_is_timms_and_a_card(resnet18, images, tmp_path):
     assert "| mean | 0.4, 0.5, 0.6 |" in text
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own deprecations
+def test_transformers_reads_the_hub_folder_as_a_model_of_timm(resnet18, images, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    folder = written(tmp_path, hub.huggingface_folder(resnet18))
+    theirs = transformers.AutoModel.from_pretrained(folder).eval()
+    assert_same_features(lambda x: theirs(x).pooler_output.flatten(1), resnet18.backbone, images)
+
+
 @pytest.mark.parametrize("depth", [18, 50])
 def test_detectron2_finds_the_names_that_its_resnet_has_and_our_values(depth, images):
     ours = source(EncoderConfig(f"resnet{depth}"))
