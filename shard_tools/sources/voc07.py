@@ -43,7 +43,7 @@ def open_source(src: Path, split: str) -> Source:
     A sample's .json has `labels`, and `annotation`: the annotated image's size in px, and its objects with class, box
     [xmin, ymin, xmax, ymax] (in px, counted from 1, both ends inside, as VOC has them), difficult and truncated.
     """
-    names = _listed(src, split)
+    names = annotation_names(src, split)
     images = src / "JPEGImages"
     items = []
     for name in names:
@@ -53,6 +53,24 @@ def open_source(src: Path, split: str) -> Source:
     content = hashlib.sha256(json.dumps([item.meta for item in items]).encode()).hexdigest()
     read = partial(read_file, os.fspath(images))
     return Source("voc07", split, items, CLASSES, read, content=(content,), multi_label=True)
+
+
+def annotation_names(src: Path, split: str) -> list[str]:
+    """The names that one of SRC's lists holds, without extension. Raises ShardError for a list that is none."""
+    path = _list_path(src, split)
+    try:
+        with path.open(encoding="ascii") as file:
+            names = file.read(_MAX_LIST_BYTES).split()
+    except FileNotFoundError:
+        found = f"only {', '.join(splits(src))}" if splits(src) else "and no other list; SRC is .../VOCdevkit/VOC2007"
+        raise ShardError(f"{src} has no ImageSets/Main/{split}.txt, {found}; choose a split with --split") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ShardError(f"{path} cannot be read as a list of names ({error}); restore it") from None
+    if wrong := [name for name in names if not re.fullmatch(r"\w{1,64}", name, re.ASCII)]:
+        raise ShardError(f"{path} lists {wrong[0][:40]!r}, which is no name of an image; restore it")
+    if len(set(names)) != len(names):
+        raise ShardError(f"{path} lists an image twice; restore it")
+    return names
 
 
 def labels_of(annotation: dict[str, Any]) -> tuple[int, ...]:
@@ -128,23 +146,6 @@ def _flag(node: ElementTree.Element, key: str) -> bool:
 
 def _list_path(src: Path, split: str) -> Path:
     return src / "ImageSets" / "Main" / f"{split}.txt"
-
-
-def _listed(src: Path, split: str) -> list[str]:
-    path = _list_path(src, split)
-    try:
-        with path.open(encoding="ascii") as file:
-            names = file.read(_MAX_LIST_BYTES).split()
-    except FileNotFoundError:
-        found = f"only {', '.join(splits(src))}" if splits(src) else "and no other list; SRC is .../VOCdevkit/VOC2007"
-        raise ShardError(f"{src} has no ImageSets/Main/{split}.txt, {found}; choose a split with --split") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ShardError(f"{path} cannot be read as a list of names ({error}); restore it") from None
-    if wrong := [name for name in names if not re.fullmatch(r"\w{1,64}", name, re.ASCII)]:
-        raise ShardError(f"{path} lists {wrong[0][:40]!r}, which is no name of an image; restore it")
-    if len(set(names)) != len(names):
-        raise ShardError(f"{path} lists an image twice; restore it")
-    return names
 
 
 def _size(path: Path) -> int:

@@ -1,0 +1,5 @@
+import sys
+
+from fastssl.detection.train import main
+
+sys.exit(main())
