@@ -1,9 +1,9 @@
 """torchvision's Faster and Mask R-CNN around a pre-trained ResNet, with a feature pyramid (fpn) or a C4 head.
 
 c4 follows the transfer that MoCo published (arXiv:1911.05722, appendix A.1): proposals and regions come from stage 3,
-stage 4 is the head of each 14 x 14 region, and one more batch norm follows it. Departures from detectron2's detector:
-torchvision's box weights, matching and default losses (smooth L1 with beta 1/9 in the proposals); with masks, stage 4
-runs a second time on the positives for the mask head instead of being shared.
+stage 4 is the head of each 14 x 14 region, and one more batch norm follows it.
+Departures from detectron2's detector: torchvision's losses of boxes (smooth L1 with beta 1/9, theirs is plain L1) and
+its rounding of anchors; with masks, stage 4 runs a second time on the positives instead of once for both heads.
 """
 
 # n regions, D channels of the last stage, S side of the region's map

@@ -23,10 +23,12 @@ from fastssl.detection.data import Pictures, Sample, batches, coco_masks, load_i
 from fastssl.detection.metrics import Detection, summary, voc_ap
 from fastssl.detection.models import build_detector, settle_norms
 from fastssl.detection.settings import DetectionConfig, load
+from fastssl.evaluate.subject import is_foreign
 from fastssl.evaluate.task import percent
 from fastssl.nn.encoder import build_encoder
 from fastssl.precision import autocast
-from fastssl.settings import require
+from fastssl.settings import EncoderConfig, require
+from fastssl.weights import read
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 
 HELP = """
@@ -37,7 +39,8 @@ fastssl-detect: Faster and Mask R-CNN from a pre-trained ResNet (= torchrun -m f
 
 settings are key=value; the same command resumes; after the last step it tests, and writes detection.json
   detection=voc_c4|voc_fpn|coco_c4|coco_fpn    the published schedules: VOC07+12 24k steps, COCO 2x with masks
-  checkpoint=RUN|RUN/checkpoints/step-N|random encoder=resnet50 for checkpoint=random
+  checkpoint=RUN|RUN/checkpoints/step-N|FILE.pth|random    FILE: a released checkpoint of MoCo, SwAV, timm, ...
+  encoder=resnet50 for checkpoint=random, or where FILE leaves it open
   data.root=FOLDER   data.format=voc|coco      data.train=[VOC2007/trainval]  data.test=[VOC2007/test]
   optim.batch_size=16 (of all GPUs)  optim.lr=0.02  optim.steps=24000  optim.milestones=[18000,22000]
   model.norm=batch|frozen  model.mask=true|false   run.dir=DIR (else RUN/detection/PRESET)   run.device=auto|cpu|cuda
@@ -59,7 +62,7 @@ def _command(overrides: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Transfer:
-    """What is transferred: label such as "resnet50 at step 7"; run_dir of its run, None for a random one."""
+    """What is transferred: label such as "resnet50 at step 7"; run_dir of its run, None if it is of none of ours."""
 
     encoder: nn.Module
     label: str
@@ -78,7 +81,9 @@ def run(cfg: DetectionConfig) -> dict[str, float]:
     transfer = load_transfer(cfg)
     run_dir = Path(cfg.run.dir) if cfg.run.dir else transfer.run_dir and transfer.run_dir / "detection" / cfg.preset
     if run_dir is None:
-        raise ValueError("run.dir is missing, and checkpoint=random has no run to put it beside; give run.dir=DIR")
+        raise ValueError(
+            f"run.dir is missing, and checkpoint={cfg.checkpoint} has no run to put it beside; give run.dir=DIR"
+        )
     train, test = read_pictures(cfg.data, cfg.data.train).to_train_on(), read_pictures(cfg.data, cfg.data.test)
     _check_data(cfg, train, test)
     torch.manual_seed(cfg.run.seed)
@@ -101,13 +106,18 @@ def run(cfg: DetectionConfig) -> dict[str, float]:
 
 
 def load_transfer(cfg: DetectionConfig) -> Transfer:
-    """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint."""
+    """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint or weight file."""
     if cfg.checkpoint == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.run.seed)
             encoder = build_encoder(**dataclasses.asdict(cfg.encoder))
         return Transfer(encoder, f"untrained {cfg.encoder.name}", None, IMAGENET_MEAN, IMAGENET_STD)
-    encoder, meta = checkpoint.load_backbone(cfg.checkpoint)
+    if is_foreign(Path(cfg.checkpoint)):
+        told = None if cfg.encoder == EncoderConfig() else cfg.encoder
+        encoder, found, _ = read.load_backbone(Path(cfg.checkpoint), told)
+        return Transfer(encoder, f"{found.name} of {Path(cfg.checkpoint).name}", None, IMAGENET_MEAN, IMAGENET_STD)
+    path = Path(cfg.checkpoint)
+    encoder, meta = checkpoint.load_backbone(path.parent if path.is_file() else path)
     data, label = meta["config"]["data"], f"{meta['config']['encoder']['name']} at step {meta['step']}"
     return Transfer(
         encoder, label, Path(meta["folder"]).resolve().parent.parent, tuple(data["mean"]), tuple(data["std"])
@@ -294,6 +304,11 @@ def _report(
     path = run_dir / "detection.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(f"result: {path}")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(run_dir)) as board:
+        for key, value in metrics.items():
+            board.add_scalar(key, value, cfg.optim.steps)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 
 from fastssl import checkpoint
 from fastssl.detection.settings import load
-from fastssl.detection.train import main, run
+from fastssl.detection.train import load_transfer, main, run
 from tests.fastssl.detection.shapes import write_coco, write_voc
 from tests.fastssl.runs import finish, start
 
@@ -41,6 +41,7 @@ def test_a_short_run_finds_the_shapes_that_an_untrained_detector_does_not(coco, 
     assert "Faster R-CNN c4 of untrained resnet10" in capsys.readouterr().out
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 40
+    assert list((tmp_path / "run").glob("events.out.tfevents.*"))
 
 
 @pytest.mark.parametrize("preset", ["coco_fpn", "coco_c4"])
@@ -67,6 +68,18 @@ def test_voc_data_and_a_trained_checkpoint_leave_the_result_beside_it(tmp_path, 
     held = torch.load(checkpoint.find(run_dir / "detection/voc_fpn") / "model.pt", weights_only=True)
     moved = (held["backbone.body.conv1.weight"] - own.conv1.weight).abs().max()
     assert 0 < moved < 0.01  # one step of the warm-up away from the checkpoint
+
+
+def test_a_released_weight_file_is_transferred_into_the_run_directory_given(coco, tmp_path, run_dir):
+    own, _ = checkpoint.load_backbone(run_dir)
+    state = {f"module.encoder_q.{key}": value for key, value in own.state_dict().items()}
+    torch.save({"epoch": 1, "arch": "resnet10", "state_dict": state}, tmp_path / "moco.pth")
+    found = load_transfer(load(settings(coco, tmp_path / "run", 1, subject=tmp_path / "moco.pth")))
+    assert torch.equal(found.encoder.conv1.weight, own.conv1.weight)
+    assert found.run_dir is None
+    assert "moco.pth" in found.label
+    inside = checkpoint.find(run_dir) / "model.pt"  # of a checkpoint folder of ours: it stands for the folder
+    assert load_transfer(load(settings(coco, None, 1, subject=inside))).run_dir == run_dir.resolve()
 
 
 @pytest.mark.dist
