@@ -260,9 +260,9 @@ def _write(
     """
     manifest, index = task.train, task.train.index()
     ids = [int(candidates.ids[choice.row]) for choice in chosen]
-    names = [original_name(manifest, index, i) for i in ids]
+    names = [_usable(original_name(manifest, index, i)) for i in ids]
     texts = {"keys.txt": "".join(f"{i}\n" for i in ids)}
-    if all(name and name.splitlines() == [name.strip()] for name in names):
+    if all(names):
         texts["names.txt"] = "".join(f"{name}\n" for name in names)
     table = io.StringIO()
     writer = csv.writer(table, lineterminator="\n")
@@ -284,6 +284,15 @@ def _write(
         files[path.with_name(f"{stem}-sheet.png")] = b""
         gallery.save(contact_sheet(manifest, ids, chosen, settings), path.with_name(f"{stem}-sheet.png"))
     return sorted(file.name for file in files)
+
+
+def _usable(name: str) -> str:
+    """The name if a line of a list can hold it, else ""; shards that others packed may say anything."""
+    try:
+        name.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return ""
+    return name if name.splitlines() == [name.strip()] else ""
 
 
 def contact_sheet(

@@ -1,12 +1,14 @@
 """Which images to label next: each strategy on points where the answer is known, and the command's lists."""
 
 import csv
+import io
 import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,7 @@ from pipelines.loader import read_once
 from pipelines.views import ViewSpec, normalize
 from shard_tools.cli import main as shard_tools
 from shard_tools.manifest import Manifest
+from tests.shards import encode
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -362,6 +365,23 @@ def test_excluded_samples_may_be_named(packed, tmp_path):
     both = {id_of["a/image 0.png"], id_of["b/image 0.png"]}  # a file name stands for all that have it
     assert excluded_ids(str(tmp_path / "done.txt"), manifest) == {id_of["a/image 3.png"], 7, *both}
     assert excluded_ids("", manifest) == set()
+
+
+@pytest.mark.parametrize("name", ["two\nlines.png", " blank.png", "no character \ud800.png", 7])
+def test_names_that_no_list_can_hold_leave_the_ids(name, tmp_path):
+    with tarfile.open(tmp_path / "train-000000.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(3):
+            meta = json.dumps({"name": name if i == 1 else f"caf\udce9 {i}.png"}).encode()
+            for suffix, content in (("png", encode(Image.new("RGB", (20, 20), (9 * i, 0, 0)), "png")), ("json", meta)):
+                member = tarfile.TarInfo(f"{i:09d}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert shard_tools(["index", str(tmp_path), "--workers", "1"]) == 0
+    evaluate.run(settings_for(tmp_path, tmp_path / "out", "evaluator.budget=3", "evaluator.strategy=random"))
+    names = (tmp_path / "out" / "select-pixels-random-3-list.csv").read_bytes().decode(errors="surrogateescape")
+    assert sorted(line.split(",")[3] for line in names.splitlines()[1:]) == ["", "caf\udce9 0.png", "caf\udce9 2.png"]
+    assert len(keys(tmp_path / "out", "select-pixels-random-3")) == 3
+    assert not list((tmp_path / "out").glob("*names.txt"))
 
 
 FAULTS = {
