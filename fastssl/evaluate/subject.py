@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from fastssl import checkpoint, dist
 from fastssl.evaluate.features import RawPixels
 from fastssl.evaluate.settings import EvaluateConfig, EvaluateView
 from fastssl.nn.encoder import build_encoder
-from fastssl.settings import EncoderConfig
+from fastssl.settings import EncoderConfig, require
 from fastssl.weights import read
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
 from pipelines.views import ViewSpec
@@ -57,7 +58,7 @@ def load_subject(cfg: EvaluateConfig) -> Subject:
 
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a weight file by itself, and not the model.pt of a checkpoint folder."""
-    return path.is_file() and not (path.parent / checkpoint.SUMS).is_file()
+    return path.is_file() and not (path.parent / "meta.json").is_file()
 
 
 def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:
@@ -65,10 +66,16 @@ def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:
     told = None if cfg.encoder == EncoderConfig() else cfg.encoder
     backbone, encoder, weights = read.load_backbone(Path(cfg.checkpoint), told)
     view = _view(cfg, like or usual_settings(encoder, backbone))
+    mean = view.augment.mean
+    require(
+        len(mean) == encoder.channels, "data.mean", list(mean), f"one number for each of {encoder.channels} channels"
+    )
     if dist.rank() == 0:
+        if weights.caution:
+            print(f"warning: {weights.caution}", file=sys.stderr)
         print(
             f"weights: {cfg.checkpoint} is {read.described(encoder)} ({weights.layout}); left out: "
-            f"{read.left_out(weights)}\nview: {view.size} px of {view.resize}, mean {view.augment.mean}, "
+            f"{read.left_out(weights)}\nview: {view.size} px of {view.resize}, mean {mean}, "
             f"std {view.augment.std}; change with view.size, view.resize, data.mean, data.std, or like=RUN"
         )
     return Subject(backbone, encoder.name, None, None, view)

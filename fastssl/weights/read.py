@@ -49,12 +49,14 @@ class Weights:
 
     left_out    keys of the file that are no part of its backbone: heads, the key encoder, the queue
     encoder     as far as keys and shapes, or our own note in the file, tell it
+    caution     a sentence on what the file cannot tell, or ""
     """
 
     tensors: dict[str, Tensor]
     layout: str
     left_out: tuple[str, ...]
     encoder: EncoderConfig | None
+    caution: str = ""
 
 
 def load_backbone(path: Path, encoder: EncoderConfig | None = None) -> tuple[nn.Module, EncoderConfig, Weights]:
@@ -100,6 +102,7 @@ def read(path: Path, expected: Collection[str] = ()) -> Weights:
         layout=_layout(tensors, nests, wrappers),
         left_out=tuple(sorted(set(tensors) - set(own.values()))),
         encoder=encoder,
+        caution=_caution(names, wrappers, encoder),
     )
 
 
@@ -227,6 +230,13 @@ def _layout(keys: Collection[str], nests: list[str], wrappers: list[str]) -> str
     else:
         whose = "torchvision or timm"
     return f"{whose}, {' > '.join([*nests, ''.join([*wrappers, '*'])])}"
+
+
+def _caution(names: Mapping[str, str], wrappers: list[str], encoder: EncoderConfig | None) -> str:
+    by_name = any(key.endswith("backbone.conv1.weight") for key in names.values())
+    if by_name and "backbone." in wrappers and encoder and encoder.stem == "cifar":
+        return "solo-learn pads its 3x3 stem by 2 px and this encoder does by 1, so features of such a file differ"
+    return ""
 
 
 def _agreed(path: Path, told: EncoderConfig | None, found: EncoderConfig | None) -> EncoderConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def load(path: Path, encoder: EncoderConfig | None = None) -> Source:
     if is_foreign(path):
         backbone, encoder, weights = load_backbone(path, encoder)
         view = view_of(usual_settings(encoder, backbone))
+        if weights.caution:
+            print(f"warning: {weights.caution}", file=sys.stderr)
         origin = f"{path.name} ({weights.layout}; left out: {left_out(weights)})"
         return Source(backbone, encoder, view, origin)
     if encoder is not None:

@@ -52,6 +52,12 @@ def test_the_view_is_the_stems_unless_told_or_taken_from_a_run(moco_file, run_di
     assert (told.size, told.augment.mean) == (40, (0.1, 0.2, 0.3))
 
 
+def test_bands_without_a_mean_are_refused(patch_shards, tmp_path):
+    torch.save(build_encoder("resnet10", width=0.25, channels=5).state_dict(), tmp_path / "bands.pth")
+    with pytest.raises(ValueError, match=r"data\.mean is .* must be one number for each of 5 channels"):
+        load_subject(load([f"checkpoint={tmp_path}/bands.pth", f"data.root={patch_shards}"]))
+
+
 def test_a_checkpoints_own_file_still_means_its_folder(run_dir, patch_shards):
     (folder,) = (run_dir / "checkpoints").glob("step-*")
     subject = load_subject(load([f"checkpoint={folder}/model.pt", f"data.root={patch_shards}"]))

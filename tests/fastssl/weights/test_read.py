@@ -125,6 +125,13 @@ def test_the_stride_of_a_3x3_stem_is_the_users_to_say(tmp_path):
     assert load_backbone(path, EncoderConfig("resnet18", "small"))[1].stem == "small"
 
 
+def test_what_a_file_cannot_tell_is_said(tmp_path):
+    solo = {f"backbone.{key}": value for key, value in layouts.cifar_trunk().items()}
+    assert "solo-learn pads its 3x3 stem by 2 px" in read(saved(tmp_path, solo)).caution
+    for other in (layouts.lightly_cifar(), layouts.moco_cifar(), layouts.solo_learn()):
+        assert read(saved(tmp_path, other)).caution == ""
+
+
 def wrong_shape():
     return layouts.trunk("resnet18") | {"layer3.0.conv2.weight": torch.zeros(256, 128, 3, 3)}
 
