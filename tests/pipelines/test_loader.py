@@ -296,7 +296,7 @@ class TestErrorsAndEnds:
     def test_memory_is_bounded_by_prefetch_when_the_consumer_is_slow(self, manifest, monkeypatch):
         made = []
         original = draw_view
-        monkeypatch.setattr("pipelines.loader.draw_view", lambda *a: made.append(1) or original(*a))
+        monkeypatch.setattr("pipelines.renderer.draw_view", lambda *a: made.append(1) or original(*a))
         with Loader(manifest, EVAL, batch_size=4, seed=0, prefetch=3) as loader:
             next(loader.batches())
             time.sleep(0.3)
