@@ -1,4 +1,5 @@
 import math
+import re
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,6 +25,7 @@ from fastssl.evaluate.linear import (
     train_heads,
     train_linear,
 )
+from fastssl.evaluate.main import main, run
 from fastssl.evaluate.registry import find
 from fastssl.evaluate.settings import load
 from fastssl.nn.encoder import build_encoder
@@ -430,3 +432,23 @@ def test_judging_gives_the_class_that_its_accuracies_count():
     judged = judge(lambda x: x, test, "cpu")
     assert judged.predicted.tolist() == [0, 0, 2, 1]
     assert (judged.top1, judged.top5) == (0.75, 1.0)
+
+
+def test_the_protocol_line_names_pooling_batch_norm_and_crops(run_dir, patch_shards, capsys):
+    short = ["evaluator.epochs=1", "evaluator.batch_size=20", "evaluator.test_views=10", "view.size=56"]
+    places = [f"checkpoint={run_dir}", f"data.root={patch_shards}"]
+    metrics = run(load(["evaluator=linear_swav_6x6_bn", *short, *places]))
+    assert set(metrics) == {f"linear_swav_6x6_bn/{key}" for key in ("top1", "top5", "best_top1_chosen_on_test", "loss")}
+    printed = capsys.readouterr().out.replace("\n", " ")
+    assert "batch norm and one linear layer on the frozen backbone" in printed
+    assert "6x6 average pooling of the 7x7 map to 2x2x128, SGD lr 0.3" in printed
+    assert printed.strip().endswith(f"6x6_bn-step-{7:08d}.json")
+    assert "ten crops of 56 px, not the centre alone: the corners and the centre of the central 64 px" in printed
+
+
+def test_a_view_too_small_for_the_pooling_is_one_sentence(run_dir, patch_shards, capsys):
+    places = [f"checkpoint={run_dir}", f"data.root={patch_shards}"]
+    assert main(["evaluator=linear_swav_6x6_bn", "evaluator.batch_size=20", *places]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"^error: evaluator\.pooling is 'swav_6x6', but the last map of a view of 24 px is 3 x 3", error)
+    assert error.count("\n") == 1
