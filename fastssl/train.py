@@ -382,6 +382,8 @@ def _describe(
         yield f"a loss of {chance:.3f} is chance level; it may rise at first, while a queue fills with real keys"
     for sentence in method.advice():
         yield f"warning: {sentence}"
+    if training.probe:
+        yield f"online linear probe, Adam lr {cfg.online.lr:g}: a sign of life, no published protocol"
     if start:
         yield f"resumed at step {start}"
 
