@@ -120,7 +120,7 @@ def finetune(
     on_epoch is told (epoch from 1, mean loss, test top-1). Raises ValueError if the loss is no longer finite.
     """
     if dist.world() > 1 and settings.batch_norm == "sync":
-        sync_batchnorm_(model)
+        sync_batchnorm_(model, "evaluator.batch_norm")
     parts = [{"params": list(part.parameters())} for part in (model.backbone, model.head)]
     optimizer = torch.optim.SGD(parts, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
     scaler = torch.amp.GradScaler(torch.device(device).type, enabled=precision == "fp16")

@@ -66,9 +66,10 @@ class _MeanOverRanks(torch.autograd.Function):
         return dist.all_reduce_mean(gradient)
 
 
-def sync_batchnorm_(module: M) -> M:
+def sync_batchnorm_(module: M, key: str = "method.batch_norm") -> M:
     """Turn every BatchNorm1d and 2d inside `module` into a SyncBatchNorm, in place; parameters and names stay.
 
+    key     the setting that asked for it, for messages
     Raises ValueError for another kind of batch norm (timm has some that include the activation).
     """
     for child in module.modules():
@@ -76,6 +77,6 @@ def sync_batchnorm_(module: M) -> M:
             child.__class__ = SyncBatchNorm
         elif isinstance(child, _BatchNorm) and not isinstance(child, SyncBatchNorm):
             raise ValueError(
-                f"method.batch_norm is 'sync', but the encoder has a {type(child).__name__}, which cannot be; say plain"
+                f"{key} is 'sync', but the encoder has a {type(child).__name__}, which cannot be; say plain"
             )
     return module
