@@ -81,9 +81,10 @@ def read(path: Path, expected: Collection[str] = ()) -> Weights:
     Raises WeightsError if the file cannot be read, or holds no tensors.
     """
     content, note = _content(path)
+    expected = _names_of(note) if note else expected
     nests, tensors = _descend(path, content)
     names = {key: key for key in tensors}  # the name that is left after stripping -> the key of the file
-    wrappers = []
+    wrappers: list[str] = []
     while not _plain(names, expected):
         numbered = _named_by_position(names)
         if numbered:
@@ -99,7 +100,7 @@ def read(path: Path, expected: Collection[str] = ()) -> Weights:
     kept = {own_name: tensors[key] for own_name, key in own.items()}
     return Weights(
         tensors={name: t.float().contiguous() if t.is_floating_point() else t for name, t in kept.items()},
-        layout=_layout(tensors, nests, wrappers),
+        layout="fastssl" if note else _layout(tensors, nests, wrappers),
         left_out=tuple(sorted(set(tensors) - set(own.values()))),
         encoder=encoder,
         caution=_caution(names, wrappers, encoder),
