@@ -22,6 +22,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.resnet import ResNet
 from torchvision.ops import FrozenBatchNorm2d, MultiScaleRoIAlign, roi_align
 
+from fastssl import dist
 from fastssl.detection.settings import DetectorConfig
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD
 
@@ -148,7 +149,10 @@ def _c4(
 
 @torch.no_grad()
 def settle_norms(model: nn.Module, forward: Callable[[], object], num_batches: int) -> None:
-    """Replace running statistics by the plain mean over `num_batches` calls of forward() in train mode (PreciseBN)."""
+    """Replace running statistics by the plain mean over `num_batches` calls of forward() in train mode (PreciseBN).
+
+    And over the ranks, so that all of them test the same detector also where their norms do not share batches.
+    """
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     if not norms or not num_batches:
         return
@@ -161,3 +165,5 @@ def settle_norms(model: nn.Module, forward: Callable[[], object], num_batches: i
         forward()
     for m, momentum in zip(norms, momenta):
         m.momentum = momentum
+        for statistic in (m.get_buffer("running_mean"), m.get_buffer("running_var")):
+            statistic.copy_(dist.all_reduce_mean(statistic))

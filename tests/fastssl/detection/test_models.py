@@ -130,6 +130,14 @@ def test_settled_norms_are_the_plain_mean_of_the_batches():
     assert model[0].momentum == 0.1
 
 
+def test_settled_norms_are_the_mean_over_ranks(monkeypatch):
+    model, batch = nn.Sequential(nn.BatchNorm2d(3)), torch.rand(4, 3, 5, 5)
+    monkeypatch.setattr("fastssl.dist.all_reduce_mean", lambda mine: (mine + 2 * mine) / 2)  # the other has the double
+    settle_norms(model, lambda: model(batch), 1)
+    assert torch.allclose(model[0].running_mean, 1.5 * batch.mean((0, 2, 3)))
+    assert torch.allclose(model[0].running_var, 1.5 * batch.transpose(0, 1).flatten(1).var(1))
+
+
 def test_what_is_no_resnet_of_three_channels_is_refused():
     for encoder in (build_encoder("timm/vit_tiny_patch16_224"), build_encoder("resnet10", channels=5)):
         with pytest.raises(ValueError, match="detection needs a ResNet of RGB images"):
