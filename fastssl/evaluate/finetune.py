@@ -146,10 +146,18 @@ def finetune(
                 f"the loss of fine-tuning is {losses[-1]} in epoch {epoch + 1}; lower evaluator.lr={settings.lr:g} and "
                 f"evaluator.head_lr={settings.head_lr:g}"
             )
+        _take_buffers_of_rank_0_(model)
         with evaluating(model):
             judged.append(judge(model.head, test(model.backbone), device))
         on_epoch(epoch + 1, losses[-1], judged[-1].top1)
     return Trained.of(judged, losses)
+
+
+@torch.no_grad()
+def _take_buffers_of_rank_0_(model: nn.Module) -> None:
+    """With batch norm "plain" each rank has statistics of its own since the last forward, and ranks share the test."""
+    for buffer in model.buffers():
+        buffer.copy_(dist.all_gather(buffer[None])[0])
 
 
 def rows_of_share(labels: Rows, share: float, seed: int) -> Rows:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fastssl import checkpoint
+from fastssl import checkpoint, dist
 from fastssl.evaluate.features import Features
 from fastssl.evaluate.finetune import (
     Classifier,
@@ -129,6 +129,23 @@ def test_every_layer_learns_and_the_modes_are_those_of_training(rng):
     assert same == []
     assert modes == [False] * 3
     assert model.backbone.bn.training
+
+
+def test_the_test_sees_the_statistics_of_rank_0_on_every_rank(rng, monkeypatch):
+    """Ranks share the test images, so that a rank's own statistics would give each image another model."""
+    monkeypatch.setattr(dist, "all_gather", lambda x: torch.cat([torch.full_like(x, 7), x]))
+    seen = []
+
+    def test(backbone):
+        seen.append([buffer.unique().tolist() for buffer in backbone.buffers()])
+        return Features(torch.randn(3, 12), torch.arange(3), torch.arange(3))
+
+    settings = replace(SHORT, batch_norm="plain", epochs=1)
+    finetune(
+        Classifier(TinyBackbone(), 3, seed=4), FakeLoader(rng).batches(), test, steps_per_epoch=3, settings=settings,
+        mean=(0.5,) * 3, std=(0.25,) * 3,
+    )  # fmt: skip
+    assert seen == [[[7]] * 3]
 
 
 def test_a_loss_that_is_not_finite_says_which_settings_to_lower(rng):
