@@ -77,7 +77,17 @@ def test_settings_compose_from_any_folder_in_spite_of_decoys(place, command):
 
 
 @pytest.mark.parametrize(
-    "command", ["shard_tools", "fastssl-train", "fastssl-evaluate", "fastssl-views", "fastssl-bench", "fastssl-export"]
+    "command",
+    [
+        "shard_tools",
+        "fastssl-train",
+        "fastssl-evaluate",
+        "fastssl-views",
+        "fastssl-bench",
+        "fastssl-export",
+        "fastssl-detect",
+        "fastssl-reconstructions",
+    ],
 )
 def test_every_command_has_help(place, command):
     done = run(place, command, "--help")

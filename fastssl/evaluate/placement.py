@@ -9,6 +9,7 @@ histogram whose first bin of forty ranks was called the first place.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -145,8 +146,10 @@ def draw_histogram(placed: dict[str, Tensor], num_images: int, out: Path, title:
         ) from error
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
-    edges = torch.logspace(0, torch.log10(torch.tensor(float(num_images + 1))).item(), 31).tolist()
-    edges = sorted({1.0, 2.0, *(e for e in edges if e > 2)})
+    # Whole numbers, one bin each at first and wider and wider later; a bin i holds the placements from i on.
+    edges = sorted(
+        {round(10 ** (step / 12)) for step in range(round(12 * math.log10(num_images)) + 1)} | {num_images + 1}
+    )
     axes.hist(
         [ranks.clamp(min=1).numpy() for ranks in placed.values()],
         bins=edges,
