@@ -172,7 +172,9 @@ def evaluate_placement(task: Task, settings: PlacementSettings) -> Report:
     summaries["all"] = Placed(torch.cat(list(placed.values()))).summary()
     path = task.result_path(settings.name)
     if settings.picture and path is not None and dist.rank() == 0:
-        draw_histogram(placed, len(codes), path.with_suffix(".png"), task.subject.label)
+        run = task.subject.run_dir
+        title = f"{run.name}: {task.subject.label}" if run else task.subject.label
+        draw_histogram(placed, len(codes), path.with_suffix(".png"), title)
         if settings.gallery and len(codes) > 1:
             sheet = draw_gallery(task.train, bank, placed, settings, task.cfg.run.seed)
             gallery.save(sheet, path.with_name(f"{path.stem}-gallery.png"))
