@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,9 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-
+from fastssl.bench import machine
 from fastssl.log import read_metrics
 
 RECIPES = {
@@ -96,10 +95,10 @@ def call(module: str, *arguments: str) -> None:
         )
 
 
-def conditions() -> dict[str, str]:
+def conditions() -> dict[str, Any]:
     """Commit, versions and machine of a measurement."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    return {"commit": commit, "torch": torch.__version__, "machine": platform.processor() or platform.machine()}
+    return {"commit": commit, "machine": machine()}
 
 
 def table(runs: Sequence[Run]) -> str:

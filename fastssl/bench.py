@@ -114,7 +114,7 @@ def run(cfg: Config, mode: str, bench: BenchConfig) -> dict[str, Any]:
         **{name: dataclasses.asdict(rate) for name, rate in rates.items()},
         "bottleneck": bottleneck(rates),
         "config": config.plain(cfg),
-        "machine": _machine(),
+        "machine": machine(),
     }
 
 
@@ -176,7 +176,7 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "fastssl": __version__,
