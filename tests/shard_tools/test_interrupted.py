@@ -52,6 +52,7 @@ def counted(*args, **kwargs):
         strike()
     return result
 setattr(module, name, counted)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are started with it ignored
 sys.exit(cli.main(sys.argv[5:]))
 """
 
