@@ -57,7 +57,8 @@ def trained(shards, tmp_path_factory):
 
 def test_a_run_logs_both_parts_of_the_loss_and_resumes_to_the_same_bits(shards, trained, tmp_path):
     last = read_metrics(trained)[-1]
-    assert last["loss"] == pytest.approx(last["contrast"] + 50 * last["reconstruction"], rel=1e-5)
+    weight = settings(shards, trained).method["reconstruction_weight"]
+    assert last["loss"] == pytest.approx(last["contrast"] + weight * last["reconstruction"], rel=1e-5)
     assert train.run(settings(shards, tmp_path, "galaxies_cpu", "run.stop_after=3steps")) == 0
     assert train.run(settings(shards, tmp_path)) == 0
     ours, theirs = (torch.load(checkpoint.find(d) / "model.pt", weights_only=True) for d in (tmp_path, trained))
