@@ -43,8 +43,9 @@ class RunLog:
         self._count = 0
         self._waited_s = 0.0
         self._num_replaced = 0
+        self.bad: set[str] = set()  # what is wrong with each sample that was replaced in this process
         self._bad_list = run_dir / f"bad-samples-rank-{dist.rank()}.txt"
-        self._known_bad = set(self._bad_list.read_text().splitlines()) if self._bad_list.is_file() else set()
+        self._listed = set(self._bad_list.read_text().splitlines()) if self._bad_list.is_file() else set()
         self._window_began = time.perf_counter()
         self._progress: Progress | None = None
         self._last_plain_line = 0.0
@@ -71,14 +72,20 @@ class RunLog:
             print(text, file=sys.stderr, flush=True)
 
     def bad_samples(self, sentences: Sequence[str]) -> None:
-        """Name each sample that was replaced once: on this rank's standard error, and in a file of the run."""
-        for sentence in sentences:
-            if sentence not in self._known_bad:
-                self._known_bad.add(sentence)
-                print(f"warning: {sentence}; another one took its place", file=sys.stderr, flush=True)
-                self._bad_list.parent.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
-                with self._bad_list.open("a") as file:
-                    file.write(sentence + "\n")
+        """Name each sample that was replaced, once a run: to the reader, on every rank, and in a file of the rank's."""
+        self.bad.update(sentences)
+        for sentence in dict.fromkeys(sentences):
+            if sentence in self._listed:
+                continue
+            self._listed.add(sentence)
+            warning = f"warning: {sentence}; another one took its place"
+            if self.main:
+                self.say(warning)
+            else:
+                print(warning, file=sys.stderr, flush=True)
+            self._bad_list.parent.mkdir(parents=True, exist_ok=True)  # rank 0 may not have come to it yet
+            with self._bad_list.open("a") as file:
+                file.write(sentence + "\n")
 
     def step(self, step: int, output: Output, lr: float, waited_s: float, replaced: Sequence[str] = ()) -> None:
         """After step `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""

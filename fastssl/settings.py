@@ -83,7 +83,8 @@ class LoaderConfig:
     prefetch    batches made ahead of the step that consumes them
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
                 shuffle over a window of open shards, for network storage
-    on_bad      a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s
+    on_bad      in training, a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s;
+                evaluations always fail
     max_bad     share of the data set; when more samples than that were replaced, the run saves and stops
     """
 

@@ -112,11 +112,11 @@ def run(cfg: Config) -> int:
                     training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
                     save_every=clock.every(cfg.run.save_every, "run.save_every"),
                     evaluate_every=clock.every(cfg.knn.every, "knn.every"),
-                    stop=lambda: stop.any_rank_asks(too_many_bad(loader, manifest, cfg)),
+                    stop=lambda: stop.any_rank_asks(too_many_bad(log, manifest, cfg)),
                 )  # fmt: skip
         finally:
             log.close()
-        bad = dist.any_rank(too_many_bad(loader, manifest, cfg))
+        bad = dist.any_rank(too_many_bad(log, manifest, cfg))
     if stopped_at < until and bad:
         if dist.rank() == 0:
             print(
@@ -226,9 +226,9 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
     )
 
 
-def too_many_bad(loader: Loader, manifest: Manifest, cfg: Config) -> bool:
+def too_many_bad(log: RunLog, manifest: Manifest, cfg: Config) -> bool:
     """Whether this rank met more bad samples than its share of what is allowed; one is always allowed."""
-    return len(loader.bad_samples) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
+    return len(log.bad) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
 
 
 def view_output(cfg: Config, device: torch.device) -> str:

@@ -41,7 +41,6 @@ class Loader:
     on_bad      "fail" at a sample that cannot be read or decoded, or "replace" it (see bad_samples.py); its neighbours
                 keep their views
 
-    bad_samples     row -> what is wrong with it, of those that were replaced so far
     steps_per_epoch     the same on every rank
     dropped_per_epoch   samples that do not fill the last global batch of an epoch; other ones in each epoch
     fingerprint         sha256 of all that decides what a step holds; to be compared at a resume
@@ -92,10 +91,6 @@ class Loader:
             replace=on_bad == "replace",
         )
         self._stream: _Stream | None = None
-
-    @property
-    def bad_samples(self) -> dict[int, str]:
-        return self._renderer.bad_samples
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps start_step, start_step + 1, ... One iterator at a time: a new one ends the one before.

@@ -80,7 +80,6 @@ class Renderer:
     ) -> None:
         self._manifest, self._specs, self._seed, self._depth, self._device = manifest, specs, seed, depth, device
         self._replace = replace
-        self.bad_samples: dict[int, str] = {}
         self._index = manifest.index()
         self._backend: Backend = make(
             backend,
@@ -166,7 +165,6 @@ class Renderer:
         while waiting:
             i, fault = waiting.popitem()
             pending.replaced.append(fault)
-            self.bad_samples[int(pending.rows[i])] = fault
             attempt = pending.attempts.get(i, 0)
             if attempt == ATTEMPTS:
                 raise ShardError(

@@ -74,7 +74,7 @@ class ExactBackend:
         planes = [np.empty((3, num, spec.size, spec.size), dtype=np.uint8) for spec in self._specs]
         faults: dict[int, str] = {}
         for i in range(num):
-            faults |= faults_of(self._crop_and_resize, job, part.start + i, [plane[:, i] for plane in planes])
+            faults |= faults_of(self._decode_and_crop, job, part.start + i, [plane[:, i] for plane in planes])
         if faults:
             raise DecodeError(faults)
         for view, spec in enumerate(self._specs):
@@ -82,7 +82,7 @@ class ExactBackend:
             _interleave(planes[view], job.draws[view].flip[part], pixels[view][part])
             _apply_strong(pixels[view][part], job.draws[view], part)
 
-    def _crop_and_resize(self, job: Job, i: int, planes: Sequence[Pixels]) -> None:
+    def _decode_and_crop(self, job: Job, i: int, planes: Sequence[Pixels]) -> None:
         """Decode sample i and write the crop of each view into `planes`, one array (3, S, S) a view."""
         image = _decode(job, i)
         for view, spec in enumerate(self._specs):
