@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -35,6 +38,21 @@ def start(module: str, arguments: list[str], ranks: int = 0, **kwargs) -> subpro
 def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=timeout_s)
     return process.returncode, out, err
+
+
+def evaluate_on_two_ranks(cases: Mapping[str, Sequence[str]], folder: Path) -> dict[str, dict[str, Any]]:
+    """Evaluations by two ranks in one start of torchrun: the overrides of each by name -> its result file."""
+    lines = ["from fastssl import dist", "from fastssl.evaluate.main import run",
+             "from fastssl.evaluate.settings import load"]  # fmt: skip
+    lines += [f"run(load({[*case, f'eval.out={folder}/two-{name}.json']!r}))" for name, case in cases.items()]
+    (folder / "evaluate_all.py").write_text("\n".join([*lines, "dist.teardown()"]))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, str(folder / "evaluate_all.py")], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return {name: json.loads((folder / f"two-{name}.json").read_text()) for name in cases}
 
 
 def state(run_dir: Path) -> dict[str, torch.Tensor]:

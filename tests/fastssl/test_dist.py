@@ -5,7 +5,8 @@ import torch
 
 from fastssl import dist
 from tests.fastssl.runs import finish, start
-from tests.fastssl.two_ranks import five_steps
+from tests.fastssl.test_moco import moco, views
+from tests.fastssl.two_ranks_of_methods import five_steps
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def ranks(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["plain", "symmetric"])
 def test_two_ranks_equal_one_on_the_joined_batch(ranks, kind):
     """Weights, key encoder and queue, with the key batch shuffled over the ranks; float64, batch norm in eval."""
-    alone = five_steps(symmetric=kind == "symmetric").state_dict()
+    alone = five_steps(moco(symmetric=kind == "symmetric"), views)
     for name, expected in alone.items():
         torch.testing.assert_close(ranks[0][kind][name], expected, rtol=0, atol=1e-9, msg=name)
     for name, value in ranks[0][kind].items():

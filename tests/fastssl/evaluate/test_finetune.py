@@ -1,12 +1,8 @@
 import copy
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,9 +31,9 @@ from shard_tools.manifest import Manifest
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
 from tests.fastssl.evaluate.test_linear import FakeLoader, TinyBackbone
+from tests.fastssl.runs import evaluate_on_two_ranks
 from tests.shards import encode, write_split
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 SHORT = FinetuneSettings(
     "finetune_1pct", lr=0.01, head_lr=0.1, share=1.0, epochs=3, milestones=(1, 2), weight_decay=0.01, batch_size=8
 )
@@ -321,23 +317,14 @@ def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
                        "evaluator.batch_size=20"],
         "knn": ["evaluator=knn", "evaluator.k=[5]"],
     }  # fmt: skip
-    lines = ["from fastssl import dist", "from fastssl.evaluate.main import run",
-             "from fastssl.evaluate.settings import load"]  # fmt: skip
-    alone = {}
-    for name, overrides in cases.items():
-        common = [*overrides, f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=40"]
-        alone[name] = run(load([*common, f"eval.out={tmp_path}/alone-{name}.json"]))
-        lines.append(f"run(load({[*common, f'eval.out={tmp_path}/two-{name}.json']!r}))")
-    (tmp_path / "evaluate_all.py").write_text("\n".join([*lines, "dist.teardown()"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "evaluate_all.py")], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    for name, expected in alone.items():
-        one, two = (json.loads((tmp_path / f"{who}-{name}.json").read_text()) for who in ("alone", "two"))
-        assert two["metrics"] == pytest.approx(expected, rel=1e-4)  # gradients and statistics add up in another order
+    common = [f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=40"]
+    cases = {name: [*overrides, *common] for name, overrides in cases.items()}
+    for name, case in cases.items():
+        run(load([*case, f"eval.out={tmp_path}/alone-{name}.json"]))
+    for name, two in evaluate_on_two_ranks(cases, tmp_path).items():
+        one = json.loads((tmp_path / f"alone-{name}.json").read_text())
+        # Gradients and statistics add up in another order.
+        assert two["metrics"] == pytest.approx(one["metrics"], rel=1e-4)
         assert two["confusion"] == one["confusion"]
         assert two["per_class_top1"] == one["per_class_top1"]
     assert checkpoint.check(run_dir / "checkpoints" / "step-00000007") is None

@@ -1,9 +1,5 @@
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +14,10 @@ from fastssl.evaluate.settings import load
 from fastssl.evaluate.subject import load_subject
 from shard_tools.manifest import Manifest
 from tests.fastssl.evaluate.conftest import STEP, patches
+from tests.fastssl.runs import evaluate_on_two_ranks
 from tests.oracle import knn as oracle
 from tests.shards import write_split
 
-REPOSITORY = Path(__file__).resolve().parents[3]
 PROTOCOL = ["evaluator=linear_moco", "evaluator.lr=0.1", "evaluator.epochs=2", "evaluator.batch_size=20"]
 
 
@@ -213,21 +209,10 @@ def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
         "linear": ["evaluator=linear", "evaluator.epochs=3"],
         "linear_moco": PROTOCOL,
     }
-    lines = ["import sys", "from fastssl import dist", "from fastssl.evaluate.main import run",
-             "from fastssl.evaluate.settings import load"]  # fmt: skip
-    alone = {}
-    for name, overrides in cases.items():
-        common = [*overrides, f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=40"]
-        alone[name] = run(load([*common, f"eval.out={tmp_path}/alone-{name}.json"]))
-        lines.append(f"run(load({[*common, f'eval.out={tmp_path}/two-{name}.json']!r}))")
-    (tmp_path / "evaluate_all.py").write_text("\n".join([*lines, "dist.teardown()"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "evaluate_all.py")], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    common = [f"checkpoint={run_dir}", f"data.root={patch_shards}", "run.batch_size=40"]
+    cases = {name: [*overrides, *common] for name, overrides in cases.items()}
+    alone = {name: run(load([*case, f"eval.out={tmp_path}/alone-{name}.json"])) for name, case in cases.items()}
+    two = evaluate_on_two_ranks(cases, tmp_path)
     for name, expected in alone.items():
-        result = json.loads((tmp_path / f"two-{name}.json").read_text())
-        assert result["metrics"] == pytest.approx(expected, rel=1e-5)  # gradients add up in another order
-    assert json.loads((tmp_path / "two-knn.json").read_text())["metrics"] == alone["knn"]
+        assert two[name]["metrics"] == pytest.approx(expected, rel=1e-5)  # gradients add up in another order
+    assert two["knn"]["metrics"] == alone["knn"]

@@ -1,10 +1,6 @@
 """VOC07: average precision against its definition and scikit-learn, the SVM protocol, and the commands on shards."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,10 +17,9 @@ from fastssl.evaluate.voc07 import trainval_and_test
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import voc07 as source
+from tests.fastssl.runs import evaluate_on_two_ranks
 from tests.oracle import average_precision as oracle
 from tests.voc import devkit
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def ranking(rng, num, ties=False):
@@ -221,18 +216,8 @@ def test_processes_and_ranks_do_not_change_a_bit_of_the_result(voc_shards, tmp_p
     }
     alone = {name: evaluate.run(load(case)) for name, case in cases.items()}
     cases["voc07"].append("evaluator.jobs=2")
-    lines = ["from fastssl import dist", "from fastssl.evaluate.main import run",
-             "from fastssl.evaluate.settings import load"]  # fmt: skip
-    lines += [f"run(load({[*case, f'eval.out={tmp_path}/two-{name}.json']!r}))" for name, case in cases.items()]
-    (tmp_path / "evaluate_all.py").write_text("\n".join([*lines, "dist.teardown()"]))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(tmp_path / "evaluate_all.py")], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    for name, expected in alone.items():
-        assert json.loads((tmp_path / f"two-{name}.json").read_text())["metrics"] == expected
+    two = evaluate_on_two_ranks(cases, tmp_path)
+    assert {name: result["metrics"] for name, result in two.items()} == alone
 
 
 def test_low_shot_reports_mean_and_spread_of_every_k(voc_shards, tmp_path):
