@@ -6,6 +6,7 @@ prefetching and the steps made before do not matter. So the number of the next s
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import hashlib
 import json
@@ -256,6 +257,8 @@ class _Stream(Iterator[Batch]):
         self._closed = False
         self._thread = threading.Thread(target=self._run, args=(source,), name="fastssl-loader", daemon=True)
         self._thread.start()
+        # A thread that comes back from torch's C++ while the interpreter is being taken down would abort the process.
+        atexit.register(self.close)
 
     def __next__(self) -> Batch:
         if self._closed:
@@ -270,6 +273,7 @@ class _Stream(Iterator[Batch]):
     def close(self) -> None:
         self._closed = True
         self._wanted.release()
+        atexit.unregister(self.close)
         if self._thread is not threading.current_thread():  # the garbage collector may run this in any thread
             self._thread.join()
 

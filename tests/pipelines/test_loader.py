@@ -314,6 +314,23 @@ print(next(loader.batches()).step)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
         assert (done.returncode, done.stdout, done.stderr) == (0, "0\n", "")
 
+    def test_a_script_ends_well_while_its_loader_is_inside_torch(self):
+        script = """
+import torch
+from pipelines.loader import _Stream
+def source():
+    yield 0
+    yield 1
+    ones = torch.ones(1500, 1500, dtype=torch.float64)
+    for _ in range(8):
+        (ones @ ones).sum()
+    yield 2
+stream = _Stream(source())
+print(next(stream), next(stream))
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "0 1\n", "")
+
 
 class TestReadOnce:
     @pytest.mark.parametrize(("batch_size", "world"), [(8, 1), (8, 2), (7, 3), (100, 4), (1, 2)])
