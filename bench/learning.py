@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fastssl.bench import machine
+from fastssl.bench.record import machine
 from fastssl.log import read_metrics
 
 RECIPES = {

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from fastssl import bench
-from fastssl.bench import Rate, bottleneck
+from fastssl.bench import main as bench
+from fastssl.bench.main import Rate, bottleneck
 from tests.fastssl.runs import settings
 
 FAST = ["bench.seconds=0.3", "bench.warmup_steps=1"]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import os
-import platform
 import resource
 import sys
 import time
@@ -17,7 +15,8 @@ from typing import Any, Literal
 
 import torch
 
-from fastssl import __version__, config, dist
+from fastssl import config, dist
+from fastssl.bench import record
 from fastssl.schedule import Clock
 from fastssl.settings import Config, require
 from fastssl.train import Training, open_loader, set_threads, to_device, view_output
@@ -114,7 +113,7 @@ def run(cfg: Config, mode: str, bench: BenchConfig) -> dict[str, Any]:
         **{name: dataclasses.asdict(rate) for name, rate in rates.items()},
         "bottleneck": bottleneck(rates),
         "config": config.plain(cfg),
-        "machine": machine(),
+        "machine": _conditions(),
     }
 
 
@@ -176,26 +175,14 @@ def _cpu_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def machine() -> dict[str, Any]:
-    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+def _conditions() -> dict[str, Any]:
     return {
-        "fastssl": __version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "gpu": cuda,
+        **record.machine(),
+        **record.versions(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "ranks": dist.world(),
         "compute_threads": torch.get_num_threads(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _print(result: dict[str, Any], bench: BenchConfig) -> None:
@@ -215,7 +202,3 @@ def _print(result: dict[str, Any], bench: BenchConfig) -> None:
             )  # fmt: skip
     Console().print(table)
     print(f"bottleneck: {result['bottleneck']}\nwritten to {bench.json}")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from fastssl.bench.main import main
+
+sys.exit(main())

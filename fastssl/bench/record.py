@@ -1,0 +1,121 @@
+"""What a measurement leaves behind: a JSON file with every round of every figure and the conditions it was taken under.
+
+Docs and README take their figures from such files in `bench/results/`, never from a keyboard. Figures are named by
+paths, such as "moco_v2/native/images_per_s". What is compared is measured in the same rounds, and a ratio is a figure
+of its own: one number a round, so that a slow minute of the machine slows both of its parts.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+FORMAT = "fastssl-bench"
+FORMAT_VERSION = 1
+PACKAGES = ("fastssl-train", "torch", "torchvision", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One quantity, measured once a round; `unit` such as "images/s", "ms/image", "x" (a ratio), "bytes"."""
+
+    unit: str
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.rounds)
+
+
+@dataclass(frozen=True)
+class Record:
+    """Figures and their conditions.
+
+    what        one line: what was measured
+    command     that repeats it
+    settings    all that was chosen: data set, batch, seconds, threads, ...
+    versions    package -> version; of a peer in an environment of its own, "peer/package" -> version
+    """
+
+    what: str
+    command: str
+    figures: Mapping[str, Figure]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str] = field(default_factory=lambda: versions())
+    machine: Mapping[str, Any] = field(default_factory=lambda: machine())
+    commit: str = field(default_factory=lambda: commit())
+    date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    def save(self, path: Path) -> None:
+        document = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
+        document["figures"] = {
+            name: {"unit": figure.unit, "median": figure.median, "rounds": list(figure.rounds)}
+            for name, figure in self.figures.items()
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Record:
+        """Raises ValueError where `path` is no record of this version."""
+        try:
+            document = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path} cannot be read as a result of fastssl-bench ({error})") from None
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise ValueError(f"{path} is no result of fastssl-bench; give a file that bench.json or `make bench` wrote")
+        if (version := document.pop("version", None)) != FORMAT_VERSION:
+            raise ValueError(f"{path} is a result of version {version!r}, this reads {FORMAT_VERSION}; measure again")
+        figures = {name: Figure(f["unit"], tuple(f["rounds"])) for name, f in document.pop("figures").items()}
+        return cls(figures=figures, **document)
+
+
+def machine() -> dict[str, Any]:
+    """The hardware and the system, without a host's name."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gib": _memory_gib(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """package -> version, of those that are installed."""
+    installed = {found.name.lower(): found.version for found in metadata.distributions()}
+    return {name: installed[name] for name in packages if name in installed}
+
+
+def commit() -> str:
+    """The commit of the source that runs, with "+" where its tree was changed; "" outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty=+"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _memory_gib() -> float | None:
+    if sys.platform == "win32":
+        return None
+    return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
