@@ -80,7 +80,8 @@ class ViewConfig:
 class LoaderConfig:
     """backend auto: dali on a GPU, the fastest faithful one on a CPU. threads 0: the cores shared by the host's ranks.
 
-    prefetch    batches made ahead of the step that consumes them
+    What is left at auto or 0 is taken from tuned.py's file, if `fastssl-bench mode=tune` wrote one on this machine.
+    prefetch    batches made ahead of the step that consumes them; 0: two
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
                 shuffle over a window of open shards, for network storage
     on_bad      in training, a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s;
@@ -88,9 +89,9 @@ class LoaderConfig:
     max_bad     share of the data set; when more samples than that were replaced, the run saves and stops
     """
 
-    backend: Literal["auto", "dali", "exact", "stamps"] = "auto"
+    backend: Literal["auto", "dali", "native", "exact", "stamps"] = "auto"
     threads: int = 0
-    prefetch: int = 2
+    prefetch: int = 0
     order: Literal["global", "window"] = "global"
     on_bad: Literal["replace", "fail"] = "replace"
     max_bad: float = 0.01
@@ -98,7 +99,11 @@ class LoaderConfig:
     def __post_init__(self) -> None:
         require(0.0 <= self.max_bad <= 1.0, "loader.max_bad", self.max_bad, "a share between 0 and 1")
         require(self.threads >= 0, "loader.threads", self.threads, "0 (all cores) or more")
-        require(self.prefetch >= 1, "loader.prefetch", self.prefetch, "1 or more")
+        require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "0 (tuned, or two) or more")
+
+    @property
+    def batches_ahead(self) -> int:
+        return self.prefetch or 2
 
 
 @dataclass(frozen=True)

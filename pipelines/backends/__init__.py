@@ -17,7 +17,7 @@ import torch
 from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec
 
-BACKENDS = ("dali", "exact", "stamps")
+BACKENDS = ("dali", "native", "exact", "stamps")
 OUTPUTS = ("uint8", "float32", "float16")
 
 
@@ -128,6 +128,10 @@ def make(
 
         return StampsBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth, bands=bands)
     _check_photographs(specs)
+    if name == "native":
+        from pipelines.backends.native import NativeBackend
+
+        return NativeBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
     if name == "exact":
         from pipelines.backends.exact import ExactBackend
 

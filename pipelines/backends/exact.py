@@ -8,8 +8,6 @@ tenth of the time of their view, and half of that holds the GIL.
 
 from __future__ import annotations
 
-import io
-import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,7 +21,7 @@ from torch import Tensor
 
 from pipelines import strong
 from pipelines.augment import AugmentSpec
-from pipelines.backends import DecodeError, Job, colour, faults_of, wait_for
+from pipelines.backends import DecodeError, Job, colour, faults_of, pillow, wait_for
 from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec, flatten, normalize
 
@@ -78,29 +76,17 @@ class ExactBackend:
         if faults:
             raise DecodeError(faults)
         for view, spec in enumerate(self._specs):
-            _augment(planes[view], spec.augment, job.draws[view], part)
+            apply_chain(planes[view], spec.augment, job.draws[view], part)
             _interleave(planes[view], job.draws[view].flip[part], pixels[view][part])
-            _apply_strong(pixels[view][part], job.draws[view], part)
+            apply_strong(pixels[view][part], job.draws[view], part)
 
     def _decode_and_crop(self, job: Job, i: int, planes: Sequence[Pixels]) -> None:
         """Decode sample i and write the crop of each view into `planes`, one array (3, S, S) a view."""
-        image = _decode(job, i)
+        image = pillow.decode(job, i)
         for view, spec in enumerate(self._specs):
             resized = _crop_and_resize(image, spec, job, view, i)
             lines = np.frombuffer(resized.tobytes("raw", "RGB;L"), dtype=np.uint8)  # a line of red, of green, ...
             planes[view][:] = lines.reshape(spec.size, 3, spec.size).swapaxes(0, 1)
-
-
-def _decode(job: Job, i: int) -> Image.Image:
-    """Sample i as `Image.open(...).convert("RGB")` gives it; an EXIF orientation is not applied."""
-    try:
-        image = Image.open(io.BytesIO(job.images[i]))
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = re.sub(r" ?<.*? at 0x[0-9a-f]+>", "", str(error))  # an address differs from run to run
-        fault = f"{job.names[i]} cannot be decoded ({reason}); pack the data again with --on-bad quarantine"
-        raise DecodeError({i: fault}) from error
 
 
 def _crop_and_resize(image: Image.Image, spec: ViewSpec, job: Job, view: int, i: int) -> Image.Image:
@@ -108,11 +94,7 @@ def _crop_and_resize(image: Image.Image, spec: ViewSpec, job: Job, view: int, i:
         return _center_crop(image, spec)
     top, left, height, width = job.draws[view].crop[i].tolist()
     if left + width > image.width or top + height > image.height:
-        fault = (
-            f"{job.names[i]} is {image.width} x {image.height} px, but the index of its shards says otherwise;"
-            " pack the data again, or run `shard_tools index`"
-        )
-        raise DecodeError({i: fault})
+        raise pillow.other_size(job, i, image)
     # Not `resize(box=...)`: at the border of the box it would mix in pixels from outside, which torchvision does not.
     return image.crop((left, top, left + width, top + height)).resize((spec.size, spec.size), Image.Resampling.BILINEAR)
 
@@ -126,7 +108,7 @@ def _center_crop(image: Image.Image, spec: ViewSpec) -> Image.Image:
     return resized.crop((left, top, left + spec.size, top + spec.size))
 
 
-def _augment(planes: colour.Planes, augment: AugmentSpec, draws: ViewDraws, part: slice) -> None:
+def apply_chain(planes: colour.Planes, augment: AugmentSpec, draws: ViewDraws, part: slice) -> None:
     """The chain of `AugmentSpec` up to the flip, in place on the planes (3, n, S, S) of the samples `part`."""
     if augment.grayscale_first:
         _apply(_grayscale, draws.grayscale[part], planes)
@@ -174,7 +156,7 @@ def _interleave(planes: colour.Planes, flip: npt.NDArray[np.bool_], pixels: Pixe
         pixels[..., channel] = planes[channel]
 
 
-def _apply_strong(pixels: Pixels, draws: ViewDraws, part: slice) -> None:
+def apply_strong(pixels: Pixels, draws: ViewDraws, part: slice) -> None:
     """The strong draws of the samples `part`, one after another, in place on their pixels (n, S, S, 3)."""
     operations, levels, signs = draws.strong_operation[part], draws.strong_level[part], draws.strong_sign[part]
     for i in (operations >= 0).any(axis=1).nonzero()[0].tolist():

@@ -1,0 +1,118 @@
+/* What Python calls: a piece of a job by one thread. */
+#include <stdlib.h>
+
+#include "kernel.h"
+
+#define API __attribute__((visibility("default")))
+
+typedef struct { /* one a thread */
+    decoder_t *decoder;
+    scratch_t memory;
+    render_f *render;
+} worker_t;
+
+void *reserve(scratch_t *scratch, size_t num_bytes) {
+    if (num_bytes > scratch->num_bytes) {
+        free(scratch->block);
+        scratch->num_bytes = num_bytes + num_bytes / 4; /* so that ever larger images do not ask each time */
+        scratch->block = aligned_alloc(64, (scratch->num_bytes + 63) / 64 * 64);
+        if (!scratch->block) scratch->num_bytes = 0;
+    }
+    return scratch->block;
+}
+
+/* So that the mirror of these structs in Python can be held to them, and this library to its source. */
+API int size_of_view(void) { return (int)sizeof(view_t); }
+API const char *source_digest(void) { return SOURCE_DIGEST; }
+
+/* The best instruction set that this processor has: 0 plain, 1 AVX2, 2 AVX-512. */
+API int best_instructions(void) {
+#if defined(HAVE_AVX)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512dq"))
+        return 2;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+    return 0;
+}
+
+/* NULL where memory is short or the library's structs are not those that this was compiled for. */
+API worker_t *new_worker(const libjpeg_t *library, int instructions) {
+    worker_t *worker = calloc(1, sizeof *worker);
+    if (!worker) return NULL;
+    worker->render = render_plain;
+#if defined(HAVE_AVX)
+    if (instructions == 1) worker->render = render_avx2;
+    if (instructions == 2) worker->render = render_avx512;
+#else
+    (void)instructions;
+#endif
+    worker->decoder = new_decoder(library);
+    if (worker->decoder) return worker;
+    free(worker);
+    return NULL;
+}
+
+API void free_worker(worker_t *worker) {
+    if (!worker) return;
+    free_decoder(worker->decoder);
+    free(worker->memory.block);
+    free(worker);
+}
+
+static int least(int a, int b) { return a < b ? a : b; }
+
+/* The last row that any view shows, and by how much the image may be scaled down and still be no smaller than the views. */
+static void needs_of(const view_t *views, int num_views, int64_t i, int *last_row, int *may_shrink) {
+    *last_row = 0;
+    *may_shrink = 8;
+    for (int v = 0; v < num_views; v++) {
+        const int32_t *crop = views[v].crop + 4 * i; /* of a centre view: the whole image */
+        const int last = crop[0] + crop[2];
+        *last_row = last > *last_row ? last : *last_row;
+        const int side = views[v].resize ? views[v].resize : views[v].size;
+        while (*may_shrink > 1 && least(crop[2], crop[3]) < *may_shrink * side) *may_shrink /= 2;
+    }
+}
+
+static int fits(const image_t *image, const view_t *views, int num_views, int64_t i) {
+    for (int v = 0; v < num_views; v++) {
+        const int32_t *crop = views[v].crop + 4 * i;
+        if (!views[v].resize && (crop[0] + crop[2] > image->whole_height || crop[1] + crop[3] > image->whole_width)) return 0;
+    }
+    return 1;
+}
+
+static int render_all(worker_t *worker, const image_t *image, const view_t *views, int num_views, int64_t i) {
+    if (!fits(image, views, num_views, i)) return OTHER_SIZE;
+    for (int v = 0; v < num_views; v++) {
+        const int done = worker->render(&worker->memory, image, &views[v], i);
+        if (done != DONE) return done;
+    }
+    return DONE;
+}
+
+/* All views of samples [begin, end) of JPEG files; `done` gets what became of each. */
+API void render_files(worker_t *worker, const uint8_t *const *files, const int64_t *num_bytes, int64_t begin, int64_t end,
+                  const view_t *views, int num_views, int scaled, int32_t *done) {
+    for (int64_t i = begin; i < end; i++) {
+        image_t image;
+        int last_row, may_shrink;
+        needs_of(views, num_views, i, &last_row, &may_shrink);
+        done[i] = decode(worker->decoder, files[i], num_bytes[i], last_row, scaled ? may_shrink : 1, &image);
+        if (done[i] == DONE) done[i] = render_all(worker, &image, views, num_views, i);
+    }
+}
+
+/* All views of sample `i`, whose image somebody else decoded to bytes (3, height, width). */
+API int render_pixels(worker_t *worker, const uint8_t *planes, int width, int height, int64_t i, const view_t *views,
+                  int num_views) {
+    image_t image = {.meaning = RGB, .sub_x = 1, .sub_y = 1, .shrink = 1, .whole_width = width, .whole_height = height};
+    for (int c = 0; c < 3; c++) {
+        image.plane[c] = planes + (size_t)c * width * height;
+        image.pitch[c] = image.width[c] = width;
+        image.height[c] = height;
+    }
+    return render_all(worker, &image, views, num_views, i);
+}
