@@ -21,6 +21,7 @@ from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import Packed, PackOptions, pack
+from shard_tools.remote import locate, shown
 from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, voc07, webdataset
 from shard_tools.verify import check, check_info, manifests_below
 
@@ -176,7 +177,7 @@ def _verify(args: argparse.Namespace) -> int:
         print(fault, file=sys.stderr)
     if faults:
         number = counted(len(faults), "fault")
-        raise ShardError(f"{args.dir} has {number}; restore the files named above, or pack the split again")
+        raise ShardError(f"{shown(str(args.dir))} has {number}; restore the files named above, or pack the split again")
     return 0
 
 
@@ -328,14 +329,14 @@ def _add_verify(commands: Any) -> None:
     parser = _command(
         commands, "verify", _verify, "check shards against their manifest", "shard_tools verify shards/ --full"
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("dir", metavar="DIR", type=_place, help="a packed data set, or one split of it; or its URL")
     parser.add_argument("--full", action="store_true", help="read everything: hashes, tar structure, every image")
     _add_workers(parser)
 
 
 def _add_info(commands: Any) -> None:
     parser = _command(commands, "info", _info, "say what shards hold", "shard_tools info shards/ --json")
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("dir", metavar="DIR", type=_place, help="a packed data set, or one split of it; or its URL")
     parser.add_argument("--json", action="store_true", help="for programs")
     stats = "also mean and std of red, green and blue over all pixels of all images, as settings for a training"
     parser.add_argument("--stats", action="store_true", help=stats)
@@ -363,7 +364,7 @@ def _add_extract(commands: Any) -> None:
         "write samples as image files",
         "shard_tools extract shards/ --keys 0 17 100-120 pictures/",
     )
-    parser.add_argument("dir", metavar="DIR", type=Path, help="a packed data set, or one split of it")
+    parser.add_argument("dir", metavar="DIR", type=_place, help="a packed data set, or one split of it; or its URL")
     parser.add_argument("--split", default="train", help="of DIR, if it holds several (default: train)")
     parser.add_argument("--keys", nargs="+", required=True, metavar="KEY", help="numbers of samples, or ranges a-b")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder to write to")
@@ -394,6 +395,15 @@ def _out_apart(argv: Sequence[str]) -> list[str]:
 def _add_workers(parser: argparse.ArgumentParser) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     parser.add_argument("--workers", type=int, default=cores, metavar="N", help=f"processes (default: cores, {cores})")
+
+
+def _place(text: str) -> Path | str:
+    """DIR: a folder, or the URL of one."""
+    try:
+        place = locate(text)
+    except ShardError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return place if isinstance(place, Path) else text
 
 
 def _bytes(text: str) -> int:

@@ -27,7 +27,7 @@ def extract(manifest: Manifest, rows: Sequence[int], out: Path) -> list[Path]:
     """
     rows_of = manifest.index()
     if wrong := [row for row in rows if not 0 <= row < len(rows_of)]:
-        raise ShardError(f"there is no sample {wrong[0]} in {manifest.root}; keys go from 0 to {len(rows_of) - 1}")
+        raise ShardError(f"there is no sample {wrong[0]} in {manifest.place}; keys go from 0 to {len(rows_of) - 1}")
     with disk.full_disk_explained(out, "choose another folder"):
         out.mkdir(parents=True, exist_ok=True)
         return [_write(manifest, rows_of, row, out) for row in rows]

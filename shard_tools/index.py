@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from shard_tools.manifest import INDEX_DTYPE, Manifest
-
-INFO_NAME = "_info.json"
+from shard_tools.manifest import INFO_NAME as INFO_NAME
 
 # One component of a sample: extension without dot, byte offset and size of the payload in the tar, member name.
 Component = tuple[str, int, int, str]

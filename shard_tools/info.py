@@ -25,7 +25,7 @@ def describe(manifest: Manifest) -> dict[str, Any]:
     labels = manifest.index()["label"]
     num_classes = len(manifest.classes or ())
     if labels.min() < -1 or labels.max() >= num_classes:
-        raise ShardError(f"{manifest.root} has labels without a class; see `shard_tools verify`, and pack it again")
+        raise ShardError(f"{manifest.place} has labels without a class; see `shard_tools verify`, and pack it again")
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
     if manifest.multi_label:
         counts = (manifest.labels() == 1).sum(axis=0)
@@ -67,7 +67,7 @@ def pixel_statistics(manifest: Manifest, *, limit: int = 0, workers: int = 1) ->
     Raises ShardError for a damaged image, and for stamps.
     """
     if manifest.census.get("bands"):
-        raise ShardError(f"{manifest.root} holds stamps, but --stats is for photographs; leave it out")
+        raise ShardError(f"{manifest.place} holds stamps, but --stats is for photographs; leave it out")
     if limit < 0:
         raise ShardError(f"--limit is {limit}, but must be a number of images, or 0 for all")
     kept = {entry.get("row") for entry in manifest.census.get("bad", [])}
@@ -75,7 +75,7 @@ def pixel_statistics(manifest: Manifest, *, limit: int = 0, workers: int = 1) ->
     shuffled = np.argsort(np.random.Philox(key=0).random_raw(manifest.num_samples), kind="stable").tolist()
     chosen = sorted([row for row in shuffled if row not in kept][: limit or None])  # in the order of the disk
     if not chosen:
-        raise ShardError(f"{manifest.root} has no image that decodes; pack the split again")
+        raise ShardError(f"{manifest.place} has no image that decodes; pack the split again")
     tasks = [chosen[first : first + _TASK_IMAGES] for first in range(0, len(chosen), _TASK_IMAGES)]
     counts = np.zeros((3, 256), np.int64)
     with progress.shown(manifest.split, len(chosen)) as bar:

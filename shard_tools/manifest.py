@@ -17,22 +17,29 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from shard_tools.remote import Access, RemoteFolder
 
 FORMAT = "fastssl-shards"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 INDEX_NAME = "index.npy"
 LABELS_NAME = "labels.npy"
+INFO_NAME = "_info.json"
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS)
 MAX_MANIFEST_BYTES = 256 * 2**20
 MAX_MEMBER_BYTES = 64 * 2**20  # of one image; a claim above it is a damaged or hostile archive
 MAX_BANDS = 64  # of a stamp
+_MAX_NPY_HEAD = 10 + 2**16
+_HEADER_BYTES = 512  # of a member in a tar
 
 # offset, size   of the image's bytes inside the tar
 # label          class number, -1 for none
@@ -74,6 +81,8 @@ class Shard:
 class Manifest:
     """One split. `root` is the folder of its shards; `classes` is None where the data has no labels.
 
+    remote   the folder behind a URL that the split was loaded from; `root` then holds copies: the index, and those
+             shards that the cache keeps (see cache.py)
     census   what the images are, from their content (see census.py)
     source   what they were packed from; no absolute path
     options  the options of `pack` that shaped the bytes
@@ -93,20 +102,33 @@ class Manifest:
     digest: str = ""
     index_sha256: str = ""
     labels_sha256: str = ""
+    remote: RemoteFolder | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "digest", _digest(self))
 
     @classmethod
-    def load(cls, path: str | Path, split: str = "train") -> Manifest:
+    def load(cls, path: str | Path, split: str = "train", access: Access | None = None) -> Manifest:
         """The manifest of DST's `split`, or of the split folder DST/<split> itself.
 
+        path    a folder, or the URL of one (see remote.py): its index is then copied to the cache
+        access  how the shards behind a URL are read
         Raises ShardError where there is none, or where it is not what `pack` or `index` wrote.
         """
-        manifest = _load(_locate(Path(path), split))
+        if "://" in str(path):  # on this machine alone, none of the code for others is loaded
+            manifest = _load_url(str(path), split, access)
+        else:
+            manifest = _load(_locate(Path(path), split))
         if split not in (manifest.split, "train"):  # "train" may be the default beside a path to another split's folder
-            raise ShardError(f"{path} holds the split {manifest.split!r}, not {split!r}; give the folder above it")
+            raise ShardError(
+                f"{manifest.place} holds the split {manifest.split!r}, not {split!r}; give the folder above it"
+            )
         return manifest
+
+    @property
+    def place(self) -> str:
+        """Where the split is, for messages: its folder, or its URL without credentials."""
+        return str(self.remote or self.root)
 
     @property
     def labelled(self) -> bool:
@@ -135,23 +157,32 @@ class Manifest:
     def labels(self) -> np.ndarray:
         """labels.npy of a multi-label split, int8 (num_samples, classes), memory-mapped; raises ShardError likewise."""
         if not self.multi_label:
-            raise ShardError(f"{self.root} has no labels.npy of several classes a sample; pack it with such a source")
+            raise ShardError(f"{self.place} has no labels.npy of several classes a sample; pack it with such a source")
         shape = (self.num_samples, len(self.classes or ()))
         return _open_array(self.root / LABELS_NAME, np.dtype(np.int8), shape, "labels")
 
     def shard_path(self, i: int) -> Path:
-        return self.root / self.shards[i].name
+        """Shard i; of a remote split its copy in the cache, fetched and checked if it is not there."""
+        if self.remote is None:
+            return self.root / self.shards[i].name
+        from shard_tools.cache import ShardCache
+
+        return ShardCache(self).path(i)
 
     def member_name(self, row: int) -> str:
         """`train-000003.tar:000003017.jpg`: where sample `row` is, for messages; never raises for a damaged shard."""
         entry = self.index()[row]
         shard = int(entry["shard"])
-        name = _name_before(self.shard_path(shard), int(entry["offset"])) or f"{row:09d}"
-        return f"{self.shards[shard].name}:{name}"
+        header = self._header_before(shard, int(entry["offset"]))
+        return f"{self.shards[shard].name}:{_name_in(header) or f'{row:09d}'}"
 
     def check_quick(self) -> list[str]:
-        """All faults that sizes, the index's hash and its ranges show, one each; [] is good. Reads no shard."""
-        return [*_shard_faults(self), *_index_faults(self), *_labels_faults(self)]
+        """All faults that sizes, the index's hash and its ranges show, one each; [] is good. Reads no shard.
+
+        Of a remote split, not the sizes of its shards, each of which would be a request: see verify.py.
+        """
+        sizes = _shard_faults(self) if self.remote is None else ()
+        return [*sizes, *_index_faults(self), *_labels_faults(self)]
 
     def to_bytes(self) -> bytes:
         """What manifest.json holds: the same for the same data, whatever the machine or the day."""
@@ -171,6 +202,18 @@ class Manifest:
         }
         return (json.dumps(document, indent=1) + "\n").encode()
 
+    def _header_before(self, shard: int, offset: int) -> bytes:
+        """The tar header that ends at byte `offset`, or what can be read of it."""
+        name = self.shards[shard].name
+        try:
+            if self.remote and not (self.root / name).is_file():
+                return (self.remote / name).read(offset - _HEADER_BYTES, _HEADER_BYTES)
+            with (self.root / name).open("rb") as file:
+                file.seek(offset - _HEADER_BYTES)
+                return file.read(_HEADER_BYTES)
+        except (OSError, ValueError):  # ShardError among them
+            return b""
+
 
 def sha256_of(path: Path) -> str:
     """Hex sha256 of a file, read in pieces of 1 MiB."""
@@ -181,9 +224,23 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def splits(path: str | Path) -> list[str]:
-    """Names of the packed splits below DST, sorted."""
-    return sorted(found.parent.name for found in Path(path).glob(f"*/{MANIFEST_NAME}"))
+def splits(path: str | Path, access: Access | None = None) -> list[str]:
+    """Names of the packed splits below DST, sorted; of a URL, which cannot always be listed, those in _info.json."""
+    if "://" not in str(path):
+        return sorted(found.parent.name for found in Path(path).glob(f"*/{MANIFEST_NAME}"))
+    from shard_tools import remote
+
+    folder = remote.locate(path, access)
+    if isinstance(folder, Path):
+        return splits(folder)
+    try:
+        content = (folder / INFO_NAME).read_small()
+    except remote.NotThere:
+        return []
+    try:
+        return sorted(_plain_name(name) for name in json.loads(content)["splits"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ShardError(f"{folder / INFO_NAME} lists no splits ({error}); name one with its own URL") from None
 
 
 def _digest(manifest: Manifest) -> str:
@@ -214,16 +271,56 @@ def _locate(path: Path, split: str) -> Path:
 def _load(path: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise ShardError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest; pack the split again")
+    return _read(path.read_bytes(), path, path.parent)
+
+
+def _load_url(url: str, split: str, access: Access | None) -> Manifest:
+    """The manifest behind a URL, with its index, and labels if it has them, in the cache."""
+    from shard_tools import cache, remote
+
+    folder = remote.locate(url, access)
+    if isinstance(folder, Path):
+        return _load(_locate(folder, split))
+    folder, content = _fetch_manifest(folder, split)
+    manifest = _read(content, folder / MANIFEST_NAME, Path())
+    root = cache.mirror(folder.access, manifest.split, manifest.digest)
+    manifest = replace(manifest, root=root, remote=folder)
+    most = _MAX_NPY_HEAD + manifest.num_samples * max(INDEX_DTYPE.itemsize, len(manifest.classes or ()))
+    for name, sha256 in ((INDEX_NAME, manifest.index_sha256), (LABELS_NAME, manifest.labels_sha256)):
+        if sha256:
+            cache.fetch_file(folder / name, root / name, most, sha256)
+    return manifest
+
+
+def _fetch_manifest(folder: RemoteFolder, split: str) -> tuple[RemoteFolder, bytes]:
+    """The split's folder, and its manifest.json."""
+    from shard_tools.remote import NotThere
+
+    inside = folder / split
+    with suppress(NotThere):
+        return folder, (folder / MANIFEST_NAME).read_small()
+    with suppress(NotThere):
+        return inside, (inside / MANIFEST_NAME).read_small()
+    raise NotThere(
+        f"neither {folder / MANIFEST_NAME} nor {inside / MANIFEST_NAME} is there, or may be read with the credentials"
+        f" found; check data.root and data.split, and docs/remote.md for credentials"
+    )
+
+
+def _read(content: bytes, place: object, root: Path) -> Manifest:
+    """Raises ShardError, naming `place`, unless `content` is a manifest."""
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{path} is not valid JSON ({error}); pack the split again") from None
+        raise ShardError(f"{place} is not valid JSON ({error}); pack the split again") from None
     try:
-        manifest, digest = _parse(document, path.parent)
+        manifest, digest = _parse(document, root)
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(f"{path} is no manifest of version {FORMAT_VERSION} ({error}); pack the split again") from None
+        raise ShardError(
+            f"{place} is no manifest of version {FORMAT_VERSION} ({error}); pack the split again"
+        ) from None
     if manifest.digest != digest:
-        raise ShardError(f"{path} was changed after packing (its digest does not match); pack the split again")
+        raise ShardError(f"{place} was changed after packing (its digest does not match); pack the split again")
     return manifest
 
 
@@ -320,7 +417,7 @@ def _open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], what: str) 
     head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     try:
         with path.open("rb") as file:
-            start = file.read(10 + 2**16)
+            start = file.read(_MAX_NPY_HEAD)
     except OSError as error:
         raise ShardError(f"{path} cannot be read ({error.strerror}); restore it, or pack the split again") from None
     offset = 10 + int.from_bytes(start[8:10], "little")
@@ -331,14 +428,8 @@ def _open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], what: str) 
     return np.memmap(path, dtype, "r", offset, shape)
 
 
-def _name_before(path: Path, offset: int) -> str:
-    """Name in the tar header that ends at byte `offset`, or "" if there is none to be read."""
-    try:
-        with path.open("rb") as file:
-            file.seek(offset - 512)
-            header = file.read(512)
-    except (OSError, ValueError):
-        return ""
+def _name_in(header: bytes) -> str:
+    """The member's name in a tar header, or "" if it is none."""
     return header[:100].rstrip(b"\0").decode("utf-8", "backslashreplace") if header[257:262] == b"ustar" else ""
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,26 +15,37 @@ import numpy as np
 from shard_tools import disk, index, progress
 from shard_tools.adopt import KIND as ADOPTED
 from shard_tools.adopt import idx_line
+from shard_tools.cache import OtherBytes, ShardCache, fetch_file
 from shard_tools.foreign import Sample, read_payload, read_samples
 from shard_tools.images import BadImage, inspect
 from shard_tools.journal import JOURNAL_NAME
 from shard_tools.manifest import MANIFEST_NAME, Manifest, Shard, ShardError, sha256_of, splits
+from shard_tools.remote import NotThere, is_url
 from shard_tools.workers import in_order
 
 _MAX_FAULTS_PER_SHARD = 10
+_MAX_IDX_LINE = 4096  # bytes of a sample's line
+_REQUESTS = 16  # in flight: what is waited for is the network
 
 
-def manifests_below(path: Path) -> list[Manifest]:
-    """The manifest of a split folder, or those of all splits of DST; raises ShardError where there is none."""
+def manifests_below(path: Path | str) -> list[Manifest]:
+    """The manifest of a split folder, or those of all splits of DST; raises ShardError where there is none.
+
+    path    a folder, or the URL of one
+    """
+    if is_url(path):
+        return [Manifest.load(path, split) for split in splits(path)] or [Manifest.load(path)]
+    path = Path(path)
     if (path / MANIFEST_NAME).is_file() or not splits(path):
         return [Manifest.load(path)]
     return [Manifest.load(path / split) for split in splits(path)]
 
 
-def check_info(path: Path, manifests: Sequence[Manifest]) -> list[str]:
-    """Faults of timm's `_info.json`, where `path` is the folder that should hold it."""
+def check_info(path: Path | str, manifests: Sequence[Manifest]) -> list[str]:
+    """Faults of timm's `_info.json`, where `path` is the folder that should hold it; of a URL nothing is said."""
     if path != manifests[0].root.parent:
         return []
+    path = Path(path)
     file = path / index.INFO_NAME
     if not file.is_file():
         return [f"{file} is missing"]
@@ -47,7 +59,8 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
     quick  every shard has its size, the index its hash and ranges, every .idx its hash; nothing is missing or too many
     full   also every shard's sha256 and tar structure, and every image's crc32 and decoding
     """
-    faults = [*manifest.check_quick(), *_idx_faults(manifest), *_strangers(manifest)]
+    faults = manifest.check_quick()
+    faults += _remote_faults(manifest) if manifest.remote else [*_idx_faults(manifest), *_strangers(manifest)]
     if not full:
         return faults
     try:
@@ -56,9 +69,9 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
         return faults
     labels = _labels(manifest)
     tasks = [
-        _Task(manifest.shard_path(number), shard, rows[rows["shard"] == number], first, labels)
+        _Task(manifest.root / shard.name, shard, rows[rows["shard"] == number], first, labels, _alone(manifest, shard))
         for number, (shard, first) in enumerate(zip(manifest.shards, _first_rows(manifest)))
-        if manifest.shard_path(number).is_file() and manifest.shard_path(number).stat().st_size == shard.num_bytes
+        if manifest.remote or _has_size(manifest.root / shard.name, shard.num_bytes)
     ]
     bad = manifest.census.get("bad", [])
     rules = _Rules(
@@ -95,6 +108,44 @@ def _idx_faults(manifest: Manifest) -> Iterator[str]:
             yield f"{path} is not the index of {shard.name} (its sha256 differs)"
 
 
+def _remote_faults(manifest: Manifest) -> Iterator[str]:
+    """Sizes and `.idx` of the shards behind a URL. Raises RemoteError where its server does not answer."""
+    with ThreadPoolExecutor(_REQUESTS) as pool:
+        for found in pool.map(partial(_remote_shard_faults, manifest), manifest.shards):
+            yield from found
+
+
+def _remote_shard_faults(manifest: Manifest, shard: Shard) -> list[str]:
+    assert manifest.remote is not None
+    try:
+        num_bytes = (manifest.remote / shard.name).size()
+    except NotThere as error:
+        return [str(error)]
+    faults = _remote_idx_faults(manifest, shard)
+    if num_bytes != shard.num_bytes:
+        path = manifest.remote / shard.name
+        faults.append(f"{path} has {num_bytes} bytes, but its manifest says {shard.num_bytes}")
+    return faults
+
+
+def _remote_idx_faults(manifest: Manifest, shard: Shard) -> list[str]:
+    assert manifest.remote is not None
+    most = _MAX_IDX_LINE * (shard.num_samples + 1)
+    try:
+        fetch_file(manifest.remote / shard.idx_name, manifest.root / shard.idx_name, most, shard.idx_sha256)
+    except (NotThere, OtherBytes) as error:
+        return [str(error)]
+    return []
+
+
+def _alone(manifest: Manifest, shard: Shard) -> Manifest | None:
+    return replace(manifest, shards=(shard,)) if manifest.remote else None
+
+
+def _has_size(path: Path, num_bytes: int) -> bool:
+    return path.is_file() and path.stat().st_size == num_bytes
+
+
 def _strangers(manifest: Manifest) -> Iterator[str]:
     known = {shard.name for shard in manifest.shards}
     for path in sorted(manifest.root.iterdir()):
@@ -111,13 +162,17 @@ def _first_rows(manifest: Manifest) -> list[int]:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to be read: its rows of the index, the first of which is row number `first`; the split's labels.npy."""
+    """One shard to be read: its rows of the index, the first of which is row number `first`; the split's labels.npy.
+
+    remote  of a remote split, its manifest with this shard alone: the path is where the cache puts a copy
+    """
 
     path: Path
     shard: Shard
     rows: np.ndarray
     first: int
     labels: np.ndarray | None
+    remote: Manifest | None
 
 
 @dataclass(frozen=True)
@@ -134,6 +189,17 @@ class _Rules:
 
 def _check_shard(rules: _Rules, task: _Task) -> list[str]:
     """In a worker: all faults of one shard."""
+    if task.remote is None:
+        return _shard_faults(rules, task)
+    faults = _remote_idx_faults(task.remote, task.shard)
+    try:
+        with ShardCache(task.remote).opened(0):
+            return faults or _shard_faults(rules, task)
+    except (NotThere, OtherBytes) as error:
+        return [*faults, str(error)]
+
+
+def _shard_faults(rules: _Rules, task: _Task) -> list[str]:
     faults = []
     if sha256_of(task.path) != task.shard.sha256:
         faults.append(f"{task.path} is not the shard that was packed (its sha256 differs)")
