@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -19,8 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.order import Order, order, rows_for_step, windowed_order
+from pipelines.order import Order, order, rows_for_step, shard_order, windowed_order
 from pipelines.philox import check_seed
+from pipelines.read_ahead import ReadAhead, Stretch
 from pipelines.renderer import Batch as Batch
 from pipelines.renderer import Renderer, Step
 from pipelines.views import ViewSpec
@@ -28,6 +30,7 @@ from pipelines.views import normalize as normalize  # the other half of a uint8 
 from shard_tools.manifest import Manifest, ShardError
 
 ORDERS = ("global", "window")
+WINDOW = 16
 FORMAT_VERSION = 1  # of what a step means; raised when the same settings would give other batches
 
 
@@ -39,6 +42,7 @@ class Loader:
     prefetch    batches that are being made while the consumer works
     output      "uint8": raw pixels, for `normalize`; "float32" or "float16": normalised. Stamps are always normalised
     order       "global", or "window" for network storage (see order.py)
+    window      shards that order="window" shuffles together
     on_bad      "fail" at a sample that cannot be read or decoded, or "replace" it (see bad_samples.py); its neighbours
                 keep their views
 
@@ -63,22 +67,32 @@ class Loader:
         prefetch: int = 2,
         output: str = "uint8",
         order: str = "global",
+        window: int = WINDOW,
         on_bad: str = "fail",
     ) -> None:
         _check(manifest, specs, threads, prefetch)
         check_seed(seed)
-        check_batch_size(batch_size, world, manifest.num_samples, f"{manifest.split} in {manifest.root}")
+        check_batch_size(batch_size, world, manifest.num_samples, f"{manifest.split} in {manifest.place}")
         if order not in ORDERS:
             raise ValueError(f"loader.order is {order!r}, but must be one of {', '.join(ORDERS)}")
+        if window < 1:
+            raise ValueError(f"loader.window is {window}, but must be 1 or more")
+        _check_cache(manifest, order, window)
         if on_bad not in ("fail", "replace"):
             raise ValueError(f"loader.on_bad is {on_bad!r}, but must be fail or replace")
         self.steps_per_epoch = manifest.num_samples // batch_size
         self.dropped_per_epoch = manifest.num_samples % batch_size
         self.fingerprint = _fingerprint(
-            manifest=manifest.digest, specs=_plain(specs), batch_size=batch_size, seed=seed, order=order
+            manifest=manifest.digest,
+            specs=_plain(specs),
+            batch_size=batch_size,
+            seed=seed,
+            order=order,
+            **({"window": window} if order == "window" and window != WINDOW else {}),
         )
         self._manifest = manifest
-        self._batch_size, self._seed, self._rank, self._world, self._order = batch_size, seed, rank, world, order
+        self._batch_size, self._seed, self._rank, self._world = batch_size, seed, rank, world
+        self._order, self._window = order, window
         self._renderer = Renderer(
             manifest,
             specs,
@@ -92,21 +106,24 @@ class Loader:
             replace=on_bad == "replace",
         )
         self._stream: _Stream | None = None
+        self._ahead: ReadAhead | None = None
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps start_step, start_step + 1, ... One iterator at a time: a new one ends the one before.
 
         Errors of the background thread are raised here: ShardError for bytes, DecodeError for an image.
         """
-        if self._stream is not None:
-            self._stream.close()
+        self._end_stream()
+        if cache := self._renderer.reader.cache:
+            start = self._place(start_step)
+            self._ahead = ReadAhead(cache, self._upcoming(start_step // self.steps_per_epoch, start), start)
         self._stream = _Stream(self._renderer.batches(self._plan(start_step)))
         return self._stream
 
     def close(self) -> None:
-        """Ends the threads; harmless when repeated."""
-        if self._stream is not None:
-            self._stream.close()
+        """Ends the threads; harmless when repeated. What a server has been asked for is waited for."""
+        self._renderer.reader.stop()
+        self._end_stream()
         self._renderer.close()
 
     def __enter__(self) -> Loader:
@@ -115,6 +132,12 @@ class Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _end_stream(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+        if self._stream is not None:
+            self._stream.close()
+
     def _plan(self, start_step: int) -> Iterator[Step]:
         """(step, epoch, rows) from `start_step` on, without end."""
         epoch, first = divmod(start_step, self.steps_per_epoch)
@@ -122,13 +145,41 @@ class Loader:
             permutation = self._permutation(epoch)
             for step in range(first, self.steps_per_epoch):
                 rows = rows_for_step(permutation, step, self._batch_size, self._rank, self._world)
-                yield epoch * self.steps_per_epoch + step, epoch, rows
+                number = epoch * self.steps_per_epoch + step
+                if self._ahead is not None:
+                    self._ahead.move_to(self._place(number))
+                yield number, epoch, rows
             epoch, first = epoch + 1, 0
 
     def _permutation(self, epoch: int) -> Order:
         if self._order == "window":
-            return windowed_order([shard.num_samples for shard in self._manifest.shards], self._seed, epoch)
+            sizes = [shard.num_samples for shard in self._manifest.shards]
+            return windowed_order(sizes, self._seed, epoch, self._window)
         return order(self._manifest.num_samples, self._seed, epoch)
+
+    def _place(self, step: int) -> int:
+        """The samples before `step`, over all epochs."""
+        epoch, within = divmod(step, self.steps_per_epoch)
+        return epoch * self._manifest.num_samples + within * self._batch_size
+
+    def _upcoming(self, epoch: int, start: int) -> Iterator[Stretch]:
+        """Every shard of each epoch with the place from which on it is fetched, one window before its own opens.
+
+        So that the network is used evenly, the shards of a window follow each other by their number of samples.
+        """
+        sizes = [shard.num_samples for shard in self._manifest.shards]
+        if self._order == "global":  # its first batches touch every shard
+            yield from ((0, shard) for shard in range(len(sizes)))
+            return
+        for number in itertools.count(epoch):
+            shards = shard_order(len(sizes), self._seed, number).tolist()
+            before, ends = number * self._manifest.num_samples, np.cumsum([sizes[shard] for shard in shards]).tolist()
+            for first in range(0, len(shards), self._window):
+                window = shards[first : first + self._window]
+                if before + ends[first + len(window) - 1] <= start:
+                    continue
+                lead = 2 * sum(sizes[shard] for shard in window)
+                yield from ((before + ends[first + i] - lead, shard) for i, shard in enumerate(window))
 
 
 def read_once(
@@ -217,6 +268,20 @@ def _check(manifest: Manifest, specs: Sequence[ViewSpec], threads: int, prefetch
         )
     if manifest.bands:
         _check_sizes(manifest, max(spec.size for spec in specs))
+
+
+def _check_cache(manifest: Manifest, order: str, window: int) -> None:
+    """Raises ValueError if the cache would fetch the same shards again and again within an epoch."""
+    if manifest.remote is None or manifest.remote.access.read != "shards":
+        return
+    sizes = sorted((shard.num_bytes for shard in manifest.shards), reverse=True)
+    needed = sum(sizes if order == "global" else sizes[: 2 * window + 1])  # one window is read, the next one fetched
+    if needed > manifest.remote.access.cache_gb * 1e9:
+        other = "loader.order=window" if order == "global" else "a lower loader.window"
+        raise ValueError(
+            f"data.remote.cache_gb is {manifest.remote.access.cache_gb:g}, but loader.order={order} needs"
+            f" {needed / 1e9:.2f} GB of {manifest.place} at a time; raise it, use {other}, or data.remote.read=ranges"
+        )
 
 
 def _check_sizes(manifest: Manifest, largest: int) -> None:

@@ -31,9 +31,14 @@ def windowed_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: in
     shard_sizes     samples of each shard; ids count through the shards
     The samples of a window all come before those of the next, so that a shard is read in one stretch of the epoch.
     """
-    place_of_shard = np.argsort(np.argsort(_keys(_SHARD_BLOCK, len(shard_sizes), seed, epoch), kind="stable"))
+    place_of_shard = np.argsort(shard_order(len(shard_sizes), seed, epoch))
     window_of_sample = np.repeat(place_of_shard // window, shard_sizes)
     return np.lexsort((_keys(_SAMPLE_BLOCK, len(window_of_sample), seed, epoch), window_of_sample))
+
+
+def shard_order(num_shards: int, seed: int, epoch: int) -> Order:
+    """All shards in the order in which `windowed_order` opens them."""
+    return np.argsort(_keys(_SHARD_BLOCK, num_shards, seed, epoch), kind="stable")
 
 
 def rows_for_step(permutation: Order, step: int, batch_size: int, rank: int = 0, world: int = 1) -> Order:

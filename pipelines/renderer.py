@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from pipelines.backends import Backend, DecodeError, Job, make
 from pipelines.bad_samples import ATTEMPTS, replacement
 from pipelines.draw import draw_view
 from pipelines.order import Order
-from pipelines.reader import Reader, whole
+from pipelines.reader import Part, Reader, whole
 from pipelines.views import ViewSpec, by_role, flatten
 from shard_tools.manifest import Manifest, ShardError
 
@@ -45,7 +44,7 @@ class Batch:
 
 
 Step = tuple[int, int, Order]  # global step, epoch, rows of this rank
-_Reading = tuple[int, int, Order, list[Future[list[bytes | ShardError]]]]
+_Reading = tuple[int, int, Order, Sequence[Part]]
 
 
 @dataclass
@@ -91,7 +90,7 @@ class Renderer:
             depth=depth,
             bands=manifest.bands,
         )
-        self._reader = Reader(manifest, _READ_THREADS)
+        self.reader = Reader(manifest, _READ_THREADS)
         self._in_backend: deque[_Pending] = deque()
         # Collected out of turn, because a batch before them has to be rendered again.
         self._collected: deque[tuple[_Pending, list[Tensor] | DecodeError]] = deque()
@@ -107,13 +106,13 @@ class Renderer:
             yield self._collect()
 
     def close(self) -> None:
-        self._reader.close()
+        self.reader.close()
         self._backend.close()
 
     def _read_ahead(self, plan: Iterable[Step]) -> Iterator[_Reading]:
         started: deque[_Reading] = deque()
         for step, epoch, rows in plan:
-            started.append((step, epoch, rows, self._reader.request(rows)))
+            started.append((step, epoch, rows, self.reader.request(rows)))
             if len(started) > self._depth:
                 yield started.popleft()
         yield from started
@@ -174,7 +173,7 @@ class Renderer:
             planned = int(pending.planned[i])
             row = replacement(self._seed, pending.epoch, planned, attempt, self._manifest.num_samples)
             pending.rows[i] = row
-            ((image,),) = [part.result() for part in self._reader.request(np.array([row]))]
+            ((image,),) = [part.result() for part in self.reader.request(np.array([row]))]
             if isinstance(image, ShardError):
                 waiting[i] = str(image)
             else:
