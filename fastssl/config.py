@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from fastssl.settings import Config
 
+from shard_tools.remote import shown
 T = TypeVar("T")
 
 
@@ -220,14 +221,14 @@ def _join(path: str, key: str) -> str:
 
 
 def plain(settings: Any) -> Any:
-    """A dataclass tree as JSON has it: dicts, lists, numbers, text."""
+    """A dataclass tree as JSON has it: dicts, lists, numbers, text; URLs without credentials, as it will be kept."""
     if dataclasses.is_dataclass(settings) and not isinstance(settings, type):
         settings = dataclasses.asdict(settings)
     if isinstance(settings, Mapping):
         return {str(k): plain(v) for k, v in settings.items()}
     if isinstance(settings, list | tuple):
         return [plain(v) for v in settings]
-    return settings
+    return shown(settings) if isinstance(settings, str) else settings
 
 
 def to_yaml(settings: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pipelines.augment import IMAGENET_MEAN, IMAGENET_STD, AugmentSpec
 from pipelines.views import ViewSpec
+from shard_tools.manifest import Manifest
+from shard_tools.remote import Access
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,20 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """root is a folder that `shard_tools pack` wrote; mean and std normalise pixels in [0, 1]."""
+    """root is a folder that `shard_tools pack` wrote, or its URL; mean and std normalise pixels in [0, 1].
+
+    remote  how shards behind a URL are read (docs/remote.md)
+    """
 
     root: str
     split: str = "train"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    remote: Access = field(default_factory=Access)
+
+    def manifest(self) -> Manifest:
+        """Raises ShardError for shards that are not there, or not what was packed."""
+        return Manifest.load(self.root, self.split, self.remote)
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class LoaderConfig:
     prefetch    batches made ahead of the step that consumes them; 0: two
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
                 shuffle over a window of open shards, for network storage
+    window      shards in a window
     on_bad      in training, a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s;
                 evaluations always fail
     max_bad     share of the data set; when more samples than that were replaced, the run saves and stops
@@ -93,11 +104,13 @@ class LoaderConfig:
     threads: int = 0
     prefetch: int = 0
     order: Literal["global", "window"] = "global"
+    window: int = 16
     on_bad: Literal["replace", "fail"] = "replace"
     max_bad: float = 0.01
 
     def __post_init__(self) -> None:
         require(0.0 <= self.max_bad <= 1.0, "loader.max_bad", self.max_bad, "a share between 0 and 1")
+        require(self.window >= 1, "loader.window", self.window, "1 or more")
         require(self.threads >= 0, "loader.threads", self.threads, "0 (all cores) or more")
         require(self.prefetch >= 0, "loader.prefetch", self.prefetch, "0 (tuned, or two) or more")
 

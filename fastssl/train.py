@@ -26,6 +26,7 @@ from pipelines.backends import chosen
 from pipelines.loader import Batch, Loader, available_cores, normalize
 from pipelines.views import num_views, role_counts
 from shard_tools.manifest import Manifest
+from shard_tools.remote import shown
 
 HELP = """
 fastssl-train: self-supervised training on shards (= torchrun -m fastssl.train ...)
@@ -71,7 +72,7 @@ def run(cfg: Config) -> int:
     """One process's part of a training run, from settings to the last checkpoint. Returns the exit code."""
     device = dist.setup(cfg.run.device)
     set_threads(cfg, device)
-    run_dir, manifest = Path(cfg.run.dir), Manifest.load(cfg.data.root, cfg.data.split)
+    run_dir, manifest = Path(cfg.run.dir), cfg.data.manifest()
     with open_loader(cfg, manifest, device) as loader:
         clock = Clock(loader.steps_per_epoch, cfg.run.batch_size)
         total = clock.steps(cfg.run.duration, "run.duration")
@@ -120,9 +121,9 @@ def run(cfg: Config) -> int:
     if stopped_at < until and bad:
         if dist.rank() == 0:
             print(
-                f"error: more than {cfg.loader.max_bad:.2%} of the samples of {manifest.root} are bad, "
+                f"error: more than {cfg.loader.max_bad:.2%} of the samples of {manifest.place} are bad, "
                 f"{run_dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --full "
-                f"{manifest.root}`, or allow more with loader.max_bad",
+                f"{manifest.place}`, or allow more with loader.max_bad",
                 file=sys.stderr,
             )
         return TOO_MANY_BAD
@@ -224,6 +225,7 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
         order=cfg.loader.order,
         on_bad=cfg.loader.on_bad,
     )
+        window=cfg.loader.window,
 
 
 def too_many_bad(log: RunLog, manifest: Manifest, cfg: Config) -> bool:
@@ -300,7 +302,7 @@ def _knn_monitor(cfg: Config, manifest: Manifest, training: Training) -> Callabl
 def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
     (prefix,) = [name for name, module in method.named_modules() if module is method.backbone()]
     return {
-        "config": dataclasses.asdict(cfg),
+        "config": config.plain(cfg),
         "fingerprint": fingerprint,
         "backbone_prefix": f"{prefix}.",
         "versions": {"fastssl": __version__, "torch": torch.__version__},
@@ -323,7 +325,8 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
         )
     if meta["fingerprint"] != fingerprint:
         raise checkpoint.CheckpointError(
-            f"{folder} was trained on other data than {cfg.data.root} holds; give those shards back, or another run.dir"
+            f"{folder} was trained on other data than {shown(cfg.data.root)} holds; give those shards back, or another"
+            " run.dir"
         )
     state = checkpoint.restore(Path(str(folder)), training.method, training.device)
     training.optimizer.load_state_dict(state["optimizer"])
@@ -334,8 +337,8 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.
-_FREE = ("loader.", "knn.", "online", "data.root", "run.dir", "run.device", "run.log_every", "run.save_every",
-         "run.keep", "run.resume", "run.threads", "run.stop_after")  # fmt: skip
+_FREE = ("loader.", "knn.", "online", "data.root", "data.remote", "run.dir", "run.device", "run.log_every",
+         "run.save_every", "run.keep", "run.resume", "run.threads", "run.stop_after")  # fmt: skip
 
 
 def _changed(before: Any, now: Any, path: str = "") -> list[str]:
@@ -368,7 +371,7 @@ def _describe(
     )
     views = ", ".join(f"{s.count} {s.role} {s.size} px" for s in cfg.view_specs())
     yield (
-        f"data: {manifest.num_samples:,} images in {len(manifest.shards)} shards of {manifest.root}, "
+        f"data: {manifest.num_samples:,} images in {len(manifest.shards)} shards of {manifest.place}, "
         f"{num_views(cfg.view_specs())} views per image ({views})"
     )
     yield (

@@ -132,7 +132,7 @@ def require_epochs(task: Task, name: str, batch: int, num_samples: int) -> None:
     limit, world = task.cfg.data.limit, dist.world()
     if limit:
         raise ValueError(f"data.limit is {limit}, but {name} trains on whole epochs; leave it at 0")
-    where = f"at most the {num_samples} images of {task.train.root}" + (
+    where = f"at most the {num_samples} images of {task.train.place}" + (
         "" if num_samples == task.train.num_samples else " that train"
     )
     require(batch <= num_samples, "evaluator.batch_size", batch, where)
