@@ -75,7 +75,7 @@ def reconstruct(method: torch.nn.Module, cfg: Config, manifest: Manifest, show: 
     """The query views of the samples and what the method draws, float (B, C, S, S) in the data's own units."""
     if max(show.ids) >= manifest.num_samples:
         raise ValueError(
-            f"views.ids holds {max(show.ids)}, but {manifest.root} has samples 0 to {manifest.num_samples - 1}"
+            f"views.ids holds {max(show.ids)}, but {manifest.place} has samples 0 to {manifest.num_samples - 1}"
         )
     query = next(spec for spec in cfg.view_specs() if spec.role == "query")
     (batch,) = read_once(

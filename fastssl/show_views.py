@@ -87,7 +87,7 @@ def run(overrides: Sequence[str]) -> Path:
     own = [o for o in overrides if o.partition("=")[0] in OWN]
     show = config.convert(ShowConfig, config.compose("show_views", own)["views"], "views")
     cfg = config.load([o for o in overrides if o not in own])
-    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    manifest = cfg.data.manifest()
     rendered = render(manifest, cfg.view_specs(), show.ids, show.epoch, cfg.run.seed, cfg.loader.backend)
     caption = f"epoch {show.epoch}\nseed {cfg.run.seed}"
     picture = draw_grid(rendered, [_name(manifest, i) for i in show.ids], caption)
@@ -103,7 +103,7 @@ def render(
     """The views of the samples `ids` as training at `epoch` makes them on a CPU."""
     if max(ids) >= manifest.num_samples:
         last = manifest.num_samples - 1
-        raise ValueError(f"views.ids holds {max(ids)}, but the samples of {manifest.root} are 0 to {last}")
+        raise ValueError(f"views.ids holds {max(ids)}, but the samples of {manifest.place} are 0 to {last}")
     rows = np.array(ids, dtype=np.int64)
     index = manifest.index()[rows]
     numbered = flatten(specs)

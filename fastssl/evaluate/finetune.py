@@ -186,7 +186,8 @@ def rows_of_names(manifest: Manifest, names: Iterable[str], where: str) -> Rows:
     for name in names:
         found = [by_path[name]] if name in by_path else by_name.get(name.rpartition("/")[2], [])
         if len(found) != 1:
-            problem = f"{len(found)} images of {manifest.root} have that name" if found else f"{manifest.root} has none"
+            place = manifest.place
+            problem = f"{len(found)} images of {place} have that name" if found else f"{place} has none"
             raise ValueError(f"evaluator.subset_file {where} names {name!r}, but {problem}; mend the list, or the data")
         chosen.add(found[0])
     return np.array(sorted(chosen), dtype=np.int64)

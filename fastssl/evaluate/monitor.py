@@ -23,7 +23,7 @@ class KnnMonitor:
 
     def __init__(self, cfg: Config, train: Manifest, method: Method, device: torch.device | str) -> None:
         try:
-            self.test = find_test(cfg.data.root, cfg.knn.test_split)
+            self.test = find_test(cfg.data.root, cfg.knn.test_split, cfg.data.remote)
             require_same_classes(train, self.test)
         except ShardError as error:
             raise ShardError(f"{error}; or turn the kNN monitor off with knn.every=never") from error

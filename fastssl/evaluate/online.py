@@ -81,7 +81,7 @@ def online_probe(
     without = int((manifest.index()["label"] < 0).sum())
     if without or not manifest.classes:
         raise ShardError(
-            f"{without} of the {manifest.num_samples} images of {manifest.root} have no label, which the online probe "
+            f"{without} of the {manifest.num_samples} images of {manifest.place} have no label, which the online probe "
             "needs; pack them with classes, or say online.probe=off"
         )
     return OnlineProbe(method, len(manifest.classes), config, device)

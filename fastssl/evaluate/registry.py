@@ -24,12 +24,13 @@ from shard_tools.manifest import Manifest
 
 def labelled(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     """A train and a test split of the same classes."""
-    return train_and_test(cfg.data.root, cfg.data.split, cfg.data.test_root, cfg.data.test_split)
+    data = cfg.data
+    return train_and_test(data.root, data.split, data.test_root, data.test_split, data.remote)
 
 
 def one_split(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     """data.split alone, twice; labels are not needed."""
-    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    manifest = Manifest.load(cfg.data.root, cfg.data.split, cfg.data.remote)
     return manifest, manifest
 
 

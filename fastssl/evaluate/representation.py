@@ -151,7 +151,7 @@ def evaluate_representation(task: Task, settings: RepresentationSettings) -> Rep
     features = task.features(task.train).features
     num_images, width = features.shape
     if num_images < 2:
-        raise ValueError(f"{task.train.root} gives {num_images} image, but a spread needs 2 or more")
+        raise ValueError(f"{task.train.place} gives {num_images} image, but a spread needs 2 or more")
     seed = task.cfg.run.seed
     unit = functional.normalize(features, dim=1)
     compared = _some(num_images, settings.uniformity or num_images, seed)

@@ -134,7 +134,7 @@ def excluded_ids(file: str, manifest: Manifest) -> set[int]:
     wanted = [line.strip() for line in lines if line.strip()]
     ids = {int(line) for line in wanted if line.isascii() and line.isdigit()}
     if ids and max(ids) >= manifest.num_samples:
-        raise ValueError(f"{file} names sample {max(ids)}, but {manifest.root} ends at {manifest.num_samples - 1}")
+        raise ValueError(f"{file} names sample {max(ids)}, but {manifest.place} ends at {manifest.num_samples - 1}")
     names = {line for line in wanted if not (line.isascii() and line.isdigit())}
     if not names:
         return ids
@@ -146,7 +146,7 @@ def excluded_ids(file: str, manifest: Manifest) -> set[int]:
             ids.add(row)
     if missing := names - found:
         raise ValueError(
-            f"{file} names {len(missing)} samples that {manifest.root} does not hold, such as {min(missing)!r}; give"
+            f"{file} names {len(missing)} samples that {manifest.place} does not hold, such as {min(missing)!r}; give"
             f" ids, or names as the .json members have them"
         )
     return ids
@@ -166,7 +166,7 @@ def evaluate_select(task: Task, settings: SelectSettings) -> Report:
     candidates, labelled = features.subset(is_free), features.subset(~is_free)
     require(
         settings.budget <= len(candidates), "evaluator.budget", settings.budget,
-        f"at most the {len(candidates):,} images of {task.train.root} that are not excluded",
+        f"at most the {len(candidates):,} images of {task.train.place} that are not excluded",
     )  # fmt: skip
     grey = None
     if settings.entropy == "grey_levels":

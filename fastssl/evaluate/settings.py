@@ -9,6 +9,7 @@ from typing import Any, Literal
 from fastssl import config
 from fastssl.evaluate.linear import LinearProtocol
 from fastssl.settings import EncoderConfig, LoaderConfig, require
+from shard_tools.remote import Access
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ class EvaluateData:
     limit: int = 0
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    remote: Access = field(default_factory=Access)
 
     def __post_init__(self) -> None:
         require(self.limit >= 0, "data.limit", self.limit, "0 (all images) or more")

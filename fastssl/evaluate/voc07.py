@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from fastssl.evaluate.settings import EvaluateConfig
 from fastssl.evaluate.task import Report, Task, percent
 from fastssl.settings import require
 from pipelines.loader import available_cores
-from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError
+from shard_tools.manifest import Manifest, ShardError, splits
 
 Labels = npt.NDArray[np.int8]
 
@@ -79,10 +78,10 @@ def trainval_and_test(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     The default data.split, train, means trainval where that is packed; for the half, give its own folder as data.root.
     """
     data = cfg.data
-    whole = data.split == "train" and (Path(data.root) / "trainval" / MANIFEST_NAME).is_file()
+    whole = data.split == "train" and "trainval" in splits(data.root, data.remote)
     return multi_label_splits(
-        Manifest.load(data.root, "trainval" if whole else data.split),
-        Manifest.load(data.test_root or data.root, data.test_split or "test"),
+        Manifest.load(data.root, "trainval" if whole else data.split, data.remote),
+        Manifest.load(data.test_root or data.root, data.test_split or "test", data.remote),
     )
 
 
@@ -90,9 +89,11 @@ def multi_label_splits(train: Manifest, test: Manifest) -> tuple[Manifest, Manif
     """The two; ShardError unless both have several labels an image, of the same classes."""
     for manifest in (train, test):
         if not manifest.multi_label:
-            raise ShardError(f"{manifest.root} has not several labels an image; pack VOC with `shard_tools pack voc07`")
+            raise ShardError(
+                f"{manifest.place} has not several labels an image; pack VOC with `shard_tools pack voc07`"
+            )
     if train.classes != test.classes:
-        raise ShardError(f"{train.root} and {test.root} have different classes; pack both from the same devkit")
+        raise ShardError(f"{train.place} and {test.place} have different classes; pack both from the same devkit")
     return train, test
 
 
@@ -222,7 +223,7 @@ def _require_positives(name: str, labels: Labels, least: int, manifest: Manifest
     num = int((labels == 1).sum())
     if num < least:
         raise ValueError(
-            f"{num} of the {len(labels):,} images of {manifest.root} show the class {name!r}, but {least} must; pack "
+            f"{num} of the {len(labels):,} images of {manifest.place} show the class {name!r}, but {least} must; pack "
             f"more images, or raise data.limit"
         )
 

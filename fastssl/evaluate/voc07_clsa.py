@@ -71,8 +71,8 @@ class ClsaSettings:
 def train_and_test(cfg: EvaluateConfig) -> tuple[Manifest, Manifest]:
     """The splits train and test; val, beside train, is read by the evaluator."""
     data = cfg.data
-    test = Manifest.load(data.test_root or data.root, data.test_split or "test")
-    return multi_label_splits(Manifest.load(data.root, data.split), test)
+    test = Manifest.load(data.test_root or data.root, data.test_split or "test", data.remote)
+    return multi_label_splits(Manifest.load(data.root, data.split, data.remote), test)
 
 
 def training_picture(payload: bytes, size: int, rng: np.random.Generator) -> Tensor:
@@ -107,7 +107,7 @@ def evaluate_clsa(task: Task, settings: ClsaSettings) -> Report:
     if cfg.data.limit:
         raise ValueError(f"data.limit is {cfg.data.limit}, but voc07_clsa trains on whole epochs; leave it at 0")
     classes = task.train.classes or ()
-    val = Manifest.load(cfg.data.root, "val")
+    val = Manifest.load(cfg.data.root, "val", cfg.data.remote)
     multi_label_splits(task.train, val)
     backbone = copy.deepcopy(task.subject.backbone).requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
@@ -134,7 +134,7 @@ def evaluate_clsa(task: Task, settings: ClsaSettings) -> Report:
     scores, truth = scores_of(task.test, five=True), np.asarray(task.test.labels())
     for number, name in enumerate(classes):
         if not (truth[:, number] == 1).any():
-            raise ValueError(f"no image of {task.test.root} shows the class {name!r}; pack a test split that has all")
+            raise ValueError(f"no image of {task.test.place} shows the class {name!r}; pack a test split that has all")
     # VOC's own measure passes over difficult images; theirs takes them for negatives
     aps = [average_precision(scores[:, number], truth[:, number]) for number in range(len(classes))]
     metrics = {
