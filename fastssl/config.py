@@ -16,9 +16,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastssl import tuned
 from fastssl.settings import Config
-
 from shard_tools.remote import shown
+
 T = TypeVar("T")
 
 
@@ -34,8 +35,8 @@ def config_dir() -> Path:
 
 
 def load(overrides: Sequence[str], name: str = "train") -> Config:
-    """The checked `Config` of a training run. Raises ConfigError."""
-    return convert(Config, compose(name, overrides))
+    """The checked `Config` of a training run, its open loader settings filled by tuned.py. Raises ConfigError."""
+    return tuned.fill(convert(Config, compose(name, overrides)))
 
 
 def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:

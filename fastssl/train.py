@@ -220,7 +220,7 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
         backend=cfg.loader.backend,
         device=str(device),
         threads=cfg.loader.threads,
-        prefetch=cfg.loader.prefetch,
+        prefetch=cfg.loader.batches_ahead,
         output=view_output(cfg, device),
         order=cfg.loader.order,
         on_bad=cfg.loader.on_bad,

@@ -1,68 +1,89 @@
-"""Images per second of the loader alone, of compute alone on synthetic views, and of both; the limit is named."""
+"""fastssl-bench: how fast the data path, the training step, both, and packing are, and what limits each."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
-import json
-import resource
+import datetime
+import shlex
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 
-from fastssl import config, dist
-from fastssl.bench import record
-from fastssl.schedule import Clock
+from fastssl import config, dist, tuned
+from fastssl.bench import compare, packing, stages, tables, tuning
+from fastssl.bench.rates import Part, Rig, bottleneck, measure_rounds
+from fastssl.bench.record import Figure, Record, machine
 from fastssl.settings import Config, require
-from fastssl.train import Training, open_loader, set_threads, to_device, view_output
-from pipelines.loader import Batch
-from pipelines.synthetic import SyntheticLoader
-from pipelines.views import num_views
+from fastssl.train import set_threads
+from pipelines.backends import chosen
+from pipelines.loader import available_cores
 from shard_tools.manifest import Manifest
 
-STEPS_PER_EPOCH = 5004  # ImageNet at batch 256: a bench has no epochs, but settings of a method may count them
+SLOWER = 3  # exit code
+PARTS: dict[str, tuple[Part, ...]] = {"loader": ("loader",), "step": ("step",), "train": ("loader", "step", "train")}
 
 HELP = """
-fastssl-bench: images per second of the data path, of the training step, and of both; the bottleneck is named
+fastssl-bench: how fast it is, where the time goes, and what limits it
 
-  fastssl-bench mode=train method=moco_v2 data.root=SHARDS run.batch_size=64 bench.seconds=20 bench.json=bench.json
+  fastssl-bench mode=train method=moco_v2 data.root=SHARDS run.batch_size=64 bench.json=bench.json
+  fastssl-bench mode=loader data.root=SHARDS bench.json=new.json bench.against=old.json
 
-  mode=loader   views made and thrown away     mode=step   training on synthetic views, no data needed
-  mode=train    loader, step and both in turn  every setting of fastssl-train is understood as well
+  mode=loader   views made and thrown away, and what each stage costs: read, decode, crop, colour,
+                blur, strong draws, write-out
+  mode=step     training on synthetic views, no data needed
+  mode=train    loader, step and both in turn: the share of the step's rate that is reached, and
+                the wait for data
+  mode=pack     shard_tools pack with 1, 2, 4, ... workers beside a strict decode of the same files:
+                bench.src=FOLDER of class folders, or data.root=SHARDS
+  mode=tune     finds loader.backend, loader.threads and loader.prefetch, and writes them where
+                training on this machine looks for them
+
+  bench.seconds=20       of measuring in all, for each part       bench.rounds=3   all are kept
+  bench.against=FILE     compare with an earlier result           bench.tolerance=0.03
+  bench.workers=0        mode=pack: at most so many (0: cores)     bench.images=2000   mode=pack
+  bench.objective=auto|train|loader      mode=tune: what is to be fast
+  every setting of fastssl-train is understood as well
+exit codes: 0 done, 2 a setting or the data is wrong, or bench.against cannot be compared with,
+            3 slower than bench.against by more than the spread
 """
 
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """seconds of measuring per mode after `warmup_steps` steps that do not count; json: where the result goes."""
+    """How to measure.
+
+    seconds     of measuring in all, for each part of a mode, after `warmup_steps` steps that do not count
+    rounds      over which the seconds are spread
+    json        where the result goes
+    against     an earlier result to compare with; "" compares with none
+    tolerance   share of a figure by which it must change to be called faster or slower
+    src, images, workers    mode=pack: class folders to pack, the most images, the most workers (0: the cores)
+    objective   mode=tune: what is to be fast (see tuning.tune)
+    """
 
     seconds: float = 20.0
+    rounds: int = 3
     warmup_steps: int = 3
     json: str = "bench.json"
+    against: str = ""
+    tolerance: float = 0.03
+    src: str = ""
+    images: int = 2000
+    workers: int = 0
+    objective: Literal["auto", "train", "loader"] = "auto"
 
     def __post_init__(self) -> None:
         require(self.seconds > 0, "bench.seconds", self.seconds, "above 0")
+        require(self.rounds >= 1, "bench.rounds", self.rounds, "1 or more")
         require(self.warmup_steps >= 1, "bench.warmup_steps", self.warmup_steps, "1 or more")
-
-
-@dataclass(frozen=True)
-class Rate:
-    """One measurement over `steps` steps of the global batch. step_s are seconds per step; cpu_ms_per_image is user and
-    system time of this process, all threads, per image of this rank; data_wait is the share of wall time."""
-
-    images_per_s: float
-    steps: int
-    step_s_median: float
-    step_s_p95: float
-    cpu_ms_per_image: float
-    data_wait: float
-    views_per_s: float
-    megapixels_per_s: float
+        require(0 <= self.tolerance < 1, "bench.tolerance", self.tolerance, "a share of 0 or more and below 1")
+        require(self.images >= 1, "bench.images", self.images, "1 or more")
+        require(self.workers >= 0, "bench.workers", self.workers, "0 (the cores) or more")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,134 +92,126 @@ def main(argv: list[str] | None = None) -> int:
 
 def _command(overrides: list[str]) -> int:
     tree = config.compose("bench", overrides)
-    mode = config.convert_value(Literal["loader", "step", "train"], tree.pop("mode"), "mode")
+    mode = config.convert_value(Literal["loader", "step", "train", "pack", "tune"], tree.pop("mode"), "mode")
     bench = config.convert(BenchConfig, tree.pop("bench"), "bench")
-    if mode == "step" and tree["data"]["root"] == "???":
+    if tree["data"]["root"] == "???" and (mode == "step" or (mode == "pack" and bench.src)):
         tree["data"]["root"] = ""
     cfg = config.convert(Config, tree)
+    console = Console(highlight=False)
     try:
-        result = run(cfg, mode, bench)
+        device = dist.setup(cfg.run.device)
+        hardware = {**machine(), "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None}
+        old = _earlier(bench, mode, hardware)
+        set_threads(cfg, device)
+        record = run(cfg if mode == "tune" else tuned.fill(cfg), mode, bench, device, overrides, hardware)
     finally:
+        rank = dist.rank()
         dist.teardown()
-    if dist.rank() == 0:
-        Path(bench.json).write_text(json.dumps(result, indent=1) + "\n")
-        _print(result, bench)
-    return 0
+    if rank != 0:
+        return 0
+    record.save(Path(bench.json))
+    tables.show(record, console)
+    console.print(f"written to {bench.json}", soft_wrap=True)
+    if old is None:
+        return 0
+    found = compare.compare(old, record, bench.tolerance)
+    tables.show_comparison(found, compare.differing(old, record), bench.against, console)
+    return SLOWER if any(one.verdict == compare.SLOWER for one in found) else 0
 
 
-def run(cfg: Config, mode: str, bench: BenchConfig) -> dict[str, Any]:
-    """{"loader": rate, "step": rate, "train": rate} of the modes measured, `bottleneck`, and the conditions."""
-    device = dist.setup(cfg.run.device)
-    set_threads(cfg, device)
-    rates: dict[str, Rate] = {}
-    if mode in ("loader", "train"):
-        manifest = Manifest.load(cfg.data.root, cfg.data.split)
-        with open_loader(cfg, manifest, device) as loader:
-            rates["loader"] = measure(cfg, bench, loader.batches(), lambda step, batch: None)
-    if mode in ("step", "train"):
-        training = Training.build(cfg, device, Clock(STEPS_PER_EPOCH, cfg.run.batch_size))
-
-        def train_step(step: int, batch: Batch) -> None:
-            output = training.step(to_device(batch, cfg, device), step, cfg.optim.lr)
-            if device.type == "cuda":
-                output.loss.item()  # the clock must see the end of the step, not of its launch
-
-        with _synthetic(cfg, device) as synthetic:
-            # One batch again and again: making random pixels is not what is measured.
-            rates["step"] = measure(cfg, bench, itertools.repeat(next(synthetic.batches())), train_step)
-        if mode == "train":
-            with open_loader(cfg, manifest, device) as loader:
-                rates["train"] = measure(cfg, bench, loader.batches(), train_step)
-    return {
-        **{name: dataclasses.asdict(rate) for name, rate in rates.items()},
-        "bottleneck": bottleneck(rates),
-        "config": config.plain(cfg),
-        "machine": _conditions(),
-    }
-
-
-def measure(cfg: Config, bench: BenchConfig, batches: Iterator[Batch], work: Callable[[int, Batch], None]) -> Rate:
-    """Time `work` on batches for bench.seconds; all ranks stop together."""
-    durations: list[float] = []
-    waited_s = began = cpu_began = 0.0
-    for step in itertools.count():
-        if step == bench.warmup_steps:
-            dist.barrier()
-            waited_s, began, cpu_began = 0.0, time.perf_counter(), _cpu_s()
-        step_began = time.perf_counter()
-        batch = next(batches)
-        waited_s += time.perf_counter() - step_began
-        work(step, batch)
-        if step >= bench.warmup_steps:
-            durations.append(time.perf_counter() - step_began)
-            if dist.any_rank(time.perf_counter() - began >= bench.seconds):
-                break
-    elapsed, cpu_s, images = time.perf_counter() - began, _cpu_s() - cpu_began, len(durations) * cfg.run.batch_size
-    specs = cfg.view_specs()
-    durations.sort()
-    return Rate(
-        images_per_s=images / elapsed,
-        steps=len(durations),
-        step_s_median=durations[len(durations) // 2],
-        step_s_p95=durations[int(0.95 * (len(durations) - 1))],
-        cpu_ms_per_image=1000 * cpu_s / (images / dist.world()),
-        data_wait=waited_s / elapsed,
-        views_per_s=images * num_views(specs) / elapsed,
-        megapixels_per_s=images * sum(s.count * s.size**2 for s in specs) / elapsed / 1e6,
+def run(
+    cfg: Config,
+    mode: str,
+    bench: BenchConfig,
+    device: torch.device,
+    overrides: list[str],
+    hardware: Mapping[str, Any],
+) -> Record:
+    """Measure `mode` on this rank. Raises what the loader, the method and the packer raise."""
+    settings: dict[str, Any] = {"mode": mode, "rounds": bench.rounds, "seconds": bench.seconds}
+    figures, note = _measured(cfg, mode, bench, device, settings)
+    return Record(
+        what=_what(cfg, mode, device),
+        command=shlex.join(["fastssl-bench", *overrides]),
+        figures=figures,
+        settings={
+            **settings,
+            "ranks": dist.world(),
+            "compute_threads": torch.get_num_threads(),
+            "data": _data(cfg),
+            "config": config.plain(cfg),
+        },
+        machine=hardware,
+        note=note,
     )
 
 
-def bottleneck(rates: dict[str, Rate]) -> str:
-    """One sentence: what limits training, and what the other half could do."""
-    if not {"loader", "step"} <= rates.keys():
-        return "not known: mode=train measures loader and step together"
-    loader, step = rates["loader"].images_per_s, rates["step"].images_per_s
-    slow, fast = ("the loader", "the step") if loader < step else ("the step", "the loader")
-    return f"{slow}: alone it does {min(loader, step):.0f} images/s, {fast} {max(loader, step):.0f}"
+def _measured(
+    cfg: Config, mode: str, bench: BenchConfig, device: torch.device, settings: dict[str, Any]
+) -> tuple[dict[str, Figure], str]:
+    """The figures of a mode and its sentence; what else was chosen goes into `settings`."""
+    if mode == "pack":
+        figures, settings["images"] = packing.measure_pack(
+            bench.src, cfg.data.root, cfg.data.split, bench.images, bench.workers, bench.rounds
+        )
+        return figures, packing.limit(figures)
+    rig = Rig(cfg, device, bench.warmup_steps)
+    if mode == "tune":
+        return _tune(cfg, bench, device, rig)
+    figures = measure_rounds(rig, PARTS[mode], bench.seconds, bench.rounds)
+    if mode != "loader":
+        return figures, bottleneck(figures)
+    figures |= stages.measure_stages(cfg, device, bench.seconds, bench.rounds)
+    return figures, stages.limit(figures, cfg.loader.threads or available_cores())
 
 
-def _synthetic(cfg: Config, device: torch.device) -> SyntheticLoader:
-    return SyntheticLoader(
-        cfg.view_specs(),
-        batch_size=cfg.run.batch_size,
-        rank=dist.rank(),
-        world=dist.world(),
-        seed=cfg.run.seed,
-        channels=cfg.encoder.channels,
-        output=view_output(cfg, device),
-        device=str(device),
+def _tune(cfg: Config, bench: BenchConfig, device: torch.device, rig: Rig) -> tuple[dict[str, Figure], str]:
+    def say(line: str) -> None:
+        if dist.rank() == 0:
+            print(line, file=sys.stderr)
+
+    choice = tuning.tune(cfg, device, rig, bench.objective, bench.seconds, bench.rounds, say)
+    best = choice.best
+    found = tuned.Tuned(
+        method=str(cfg.method["name"]),
+        machine=tuned.this_machine(cfg),
+        views=tuned.views_digest(cfg),
+        **dataclasses.asdict(best),
+        objective=choice.objective,
+        images_per_s=choice.finalists[best].median,
+        date=datetime.date.today().isoformat(),
     )
+    path = tuned.save(found) if dist.rank() == 0 else tuned.path_of(found)
+    note = (
+        f"chosen of {choice.tried}: loader.backend={best.backend} loader.threads={best.threads}"
+        f" loader.prefetch={best.prefetch}, for {'training' if choice.objective == 'train' else 'the loader alone'};"
+        f" runs of {found.method} on this machine take them from {path} where they leave them open"
+    )
+    return {f"tune/{one.name}/images_per_s": figure for one, figure in choice.finalists.items()}, note
 
 
-def _cpu_s() -> float:
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    return usage.ru_utime + usage.ru_stime
+def _earlier(bench: BenchConfig, mode: str, hardware: Mapping[str, Any]) -> Record | None:
+    """bench.against, checked before any time is spent on measuring."""
+    if not bench.against:
+        return None
+    old = Record.load(Path(bench.against))
+    compare.require_comparable(old, mode, hardware)
+    return old
 
 
-def _conditions() -> dict[str, Any]:
-    return {
-        **record.machine(),
-        **record.versions(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "ranks": dist.world(),
-        "compute_threads": torch.get_num_threads(),
-    }
+def _what(cfg: Config, mode: str, device: torch.device) -> str:
+    if mode == "pack":
+        return "shard_tools pack"
+    views = ", ".join(f"{s.count} {s.role} {s.size} px" for s in cfg.view_specs())
+    what = f"{mode} of {cfg.method['name']} ({views}), batch {cfg.run.batch_size}"
+    if mode in ("step", "tune"):
+        return what
+    backend = chosen(cfg.loader.backend, str(device), Manifest.load(cfg.data.root, cfg.data.split).bands)
+    return f"{what}, views by {backend} on {cfg.loader.threads or available_cores()} thread(s)"
 
 
-def _print(result: dict[str, Any], bench: BenchConfig) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for column in ("", "images/s", "views/s", "step s", "p95 s", "CPU ms/image", "data wait"):
-        table.add_column(column, justify="left" if not column else "right")
-    for name in ("loader", "step", "train"):
-        if name in result:
-            r = result[name]
-            table.add_row(
-                name, f"{r['images_per_s']:.1f}", f"{r['views_per_s']:.1f}",
-                f"{r['step_s_median']:.3f}", f"{r['step_s_p95']:.3f}", f"{r['cpu_ms_per_image']:.2f}",
-                f"{r['data_wait']:.1%}",
-            )  # fmt: skip
-    Console().print(table)
-    print(f"bottleneck: {result['bottleneck']}\nwritten to {bench.json}")
+def _data(cfg: Config) -> dict[str, Any]:
+    if not cfg.data.root:
+        return {}
+    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    return {"samples": manifest.num_samples, "digest": manifest.digest}

@@ -22,7 +22,9 @@ from typing import Any
 
 FORMAT = "fastssl-bench"
 FORMAT_VERSION = 1
-PACKAGES = ("fastssl-train", "torch", "torchvision", "numpy", "pillow")
+PACKAGES = (
+    "fastssl-train", "torch", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,11 @@ class Figure:
     def median(self) -> float:
         return statistics.median(self.rounds)
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The spread: least and greatest of the rounds."""
+        return min(self.rounds), max(self.rounds)
+
 
 @dataclass(frozen=True)
 class Record:
@@ -45,6 +52,7 @@ class Record:
     command     that repeats it
     settings    all that was chosen: data set, batch, seconds, threads, ...
     versions    package -> version; of a peer in an environment of its own, "peer/package" -> version
+    note        one sentence drawn from the figures, such as what limits the run; may be empty
     """
 
     what: str
@@ -55,6 +63,7 @@ class Record:
     machine: Mapping[str, Any] = field(default_factory=lambda: machine())
     commit: str = field(default_factory=lambda: commit())
     date: str = field(default_factory=lambda: datetime.date.today().isoformat())
+    note: str = ""
 
     def save(self, path: Path) -> None:
         document = {"format": FORMAT, "version": FORMAT_VERSION, **asdict(self)}
@@ -76,14 +85,17 @@ class Record:
             raise ValueError(f"{path} is no result of fastssl-bench; give a file that bench.json or `make bench` wrote")
         if (version := document.pop("version", None)) != FORMAT_VERSION:
             raise ValueError(f"{path} is a result of version {version!r}, this reads {FORMAT_VERSION}; measure again")
-        figures = {name: Figure(f["unit"], tuple(f["rounds"])) for name, f in document.pop("figures").items()}
-        return cls(figures=figures, **document)
+        try:
+            figures = {name: Figure(f["unit"], tuple(f["rounds"])) for name, f in document.pop("figures").items()}
+            return cls(figures=figures, **document)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is no whole result of fastssl-bench ({error}); measure again") from None
 
 
 def machine() -> dict[str, Any]:
     """The hardware and the system, without a host's name."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": _memory_gib(),
         "system": f"{platform.system()} {platform.release()}",
@@ -107,7 +119,7 @@ def commit() -> str:
         return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
