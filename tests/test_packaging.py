@@ -56,6 +56,24 @@ def test_the_wheel_holds_the_rooms_the_configs_and_nothing_else(wheel):
     assert shipped == ours
 
 
+def test_the_wheel_holds_the_kernel_and_says_so_in_its_tag(wheel, place):
+    assert "pipelines/native/libviews.so" in zipfile.ZipFile(wheel).namelist()
+    assert "-py3-none-linux" in wheel.name
+    script = "from pipelines.native import kernel; print(kernel.why_not() or kernel.LIBRARY)"
+    done = run(place, "python", "-P", "-c", script)
+    assert done.returncode == 0, done.stderr
+    assert "site-packages/pipelines/native/libviews.so" in done.stdout
+
+
+def test_without_a_compiler_the_wheel_is_built_without_the_kernel(tmp_path):
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
+    done = subprocess.run(build, env={**os.environ, "CC": "/bin/false"}, capture_output=True, text=True, check=True)
+    assert "without the native backend's kernel: the C compiler refused" in done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(path).namelist() if name.endswith(".so")]
+
+
 def test_the_code_that_runs_is_the_wheels(place):
     done = run(
         place,

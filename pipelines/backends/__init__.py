@@ -7,6 +7,7 @@ number of threads never change the pixels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -87,13 +88,22 @@ def faults_of(work: Callable[..., None], *arguments: Any) -> dict[int, str]:
 
 
 def chosen(name: str, device: str, bands: int = 0) -> str:
-    """What `auto` stands for on `device`, for stamps of `bands` bands or photographs (0); any other name is itself."""
-    if name != "auto":
-        return name
-    if bands:
+    """The backend that `make` builds for `name` on `device`, for stamps of `bands` bands or photographs (0).
+
+    Where the native kernel cannot be used, "exact" stands in for "native".
+    """
+    if name == "auto" and bands:
         return "stamps"
-    # DALI's faithful colour on a CPU takes longer than Pillow's (docs/pipelines.md has both).
-    return "exact" if device == "cpu" else "dali"
+    if name == "auto":
+        name = "native" if device == "cpu" else "dali"
+    return "exact" if name == "native" and why_not_native() else name
+
+
+def why_not_native() -> str:
+    """Why the native backend's kernel cannot be used here, one sentence with the remedy; "" if it can."""
+    from pipelines.native import kernel
+
+    return kernel.why_not()
 
 
 def make(
@@ -107,8 +117,7 @@ def make(
     depth: int,
     bands: int = 0,
 ) -> Backend:
-    """The backend `name`: dali, exact, stamps, or auto (dali on a GPU, the fastest faithful one on a CPU; stamps for
-    stamps).
+    """The backend `name`: dali, native, exact, stamps, or auto (dali on a GPU, native on a CPU; stamps for stamps).
 
     device  "cpu" or a CUDA device such as "cuda:0"
     bands   of the stamps, as `Manifest.bands` has it; 0 for photographs
@@ -117,9 +126,13 @@ def make(
     """
     if output not in OUTPUTS:
         raise ValueError(f"loader.output is {output!r}, but must be one of {', '.join(OUTPUTS)}")
-    name = chosen(name, device, bands)
-    if name not in BACKENDS:
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"loader.backend is {name!r}, but must be auto or one of {', '.join(BACKENDS)}")
+    asked, name = name, chosen(name, device, bands)
+    if name == "exact" and asked != name:
+        warnings.warn(
+            f"Pillow and NumPy make the views, which takes four times as long: {why_not_native()}", stacklevel=2
+        )
     if bool(bands) != (name == "stamps"):
         what = f"these shards hold stamps of {bands} bands" if bands else "these shards hold photographs"
         raise ValueError(f"loader.backend is {name!r}, but {what}; leave it at auto")

@@ -1,9 +1,9 @@
 """The fast CPU backend: a compiled kernel makes all views of an image in one go, in threads that never hold the GIL.
 
-One decode per image, without what no view shows: rows below the lowest crop are left out, and colour planes that a JPEG
-stores at half the size are not enlarged first, the resize reads them with the weights that enlarging would have given
-them. Every operation after the resize gives Pillow's bytes (a hue may round otherwise in rare pixels), so the difference
-from `exact` is that of the resize, about 0.2 grey levels; docs/pipelines.md has the table.
+One decode per image, without what no view shows: rows below the lowest crop are left out, and colour planes that a
+JPEG stores at half the size are not enlarged first: the resize reads them with the weights that enlarging would have
+given them. Every operation after the resize gives Pillow's bytes (but for rare pixels after a turn of the hue), so the
+difference from `exact` is that of the resize, about 0.2 grey levels; docs/pipelines.md has the table.
 
 Whatever libjpeg does not take the direct way (PNG, CMYK, odd sampling, damaged files) is decoded by Pillow as `exact`
 does it, and goes through the same kernel.
@@ -120,7 +120,9 @@ class _Work:
 
     def _view(self, spec: ViewSpec, place: int, strong_numbers: npt.NDArray[np.float64]) -> kernel.View:
         draws, augment = self.job.draws[place], spec.augment
-        arrays = {name: np.ascontiguousarray(getattr(draws, name), dtype) for name, dtype in kernel.DRAWN.items()}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            name: np.ascontiguousarray(getattr(draws, name), dtype) for name, dtype in kernel.DRAWN.items()
+        }
         self._kept.append(arrays)
         strengths = [getattr(augment, name) for name in _STRENGTHS]
         return kernel.View(
@@ -137,8 +139,8 @@ class _Work:
 
 
 class _Buffers:
-    """Pixels of one view, used again when the consumer has let go of them: new memory of that size is a page fault every
-    4 KiB, which costs as much as a tenth of the work."""
+    """Pixels of one view, used again when the consumer has let go of them: in new memory of that size every 4 KiB is a
+    page fault."""
 
     def __init__(self, shape: tuple[int, ...], device: torch.device, depth: int) -> None:
         self._shape = shape

@@ -1,4 +1,4 @@
-"""Compile the kernel: `python -m pipelines.native.build`. Runs at installation too, so it needs the standard library only.
+"""Compile the kernel: `python -m pipelines.native.build`. Runs at installation too, so it needs no other package.
 
 views.c and strong.c are compiled once for each instruction set; which one runs is decided when the kernel is loaded.
 """
@@ -20,7 +20,7 @@ LIBRARY = HERE / "libviews.so"
 
 # Without contraction, `a * b + c` rounds twice as it does in Pillow; where one rounding is meant, the code says FMA.
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno",
-         "-fno-trapping-math", "-Wall", "-Wextra")  # fmt: skip
+         "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only", "-Wall", "-Wextra")  # fmt: skip
 INSTRUCTIONS = {
     "plain": (),
     "avx2": ("-mavx2", "-mfma"),

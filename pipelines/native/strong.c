@@ -31,9 +31,10 @@ static void count_values(const canvas_t *canvas, int c, uint32_t counts[256]) {
 }
 
 static void look_up(canvas_t *canvas, int c, const uint8_t table[256]) {
-    uint8_t *plane = canvas->plane[c];
-    for (int y = 0; y < canvas->size; y++, plane += canvas->pitch)
-        for (int x = 0; x < canvas->size; x++) plane[x] = table[plane[x]];
+    const int size = canvas->size;
+    uint8_t *restrict plane = canvas->plane[c];
+    for (int y = 0; y < size; y++, plane += canvas->pitch)
+        for (int x = 0; x < size; x++) plane[x] = table[plane[x]];
 }
 
 static void auto_contrast(canvas_t *canvas) {
@@ -74,10 +75,10 @@ static void equalize(canvas_t *canvas) {
 }
 
 static void scale(canvas_t *canvas, float factor, int from) {
+    const int num = canvas->size * canvas->pitch;
     for (int c = 0; c < 3; c++) {
-        uint8_t *plane = canvas->plane[c];
-        for (int y = 0; y < canvas->size; y++, plane += canvas->pitch)
-            for (int x = 0; x < canvas->size; x++) plane[x] = blend(from, plane[x], factor);
+        uint8_t *restrict plane = canvas->plane[c];
+        for (int i = 0; i < num; i++) plane[i] = blend(from, plane[i], factor);
     }
 }
 
@@ -94,16 +95,13 @@ static int mean_luma(const canvas_t *canvas) {
 }
 
 static void saturate(canvas_t *canvas, float factor) {
-    for (int y = 0; y < canvas->size; y++) {
-        const ptrdiff_t row = (ptrdiff_t)y * canvas->pitch;
-        uint8_t *restrict r = canvas->plane[0] + row, *restrict g = canvas->plane[1] + row;
-        uint8_t *restrict b = canvas->plane[2] + row;
-        for (int x = 0; x < canvas->size; x++) {
-            const int from = luma(r[x], g[x], b[x]);
-            r[x] = blend(from, r[x], factor);
-            g[x] = blend(from, g[x], factor);
-            b[x] = blend(from, b[x], factor);
-        }
+    const int num = canvas->size * canvas->pitch;
+    uint8_t *restrict r = canvas->plane[0], *restrict g = canvas->plane[1], *restrict b = canvas->plane[2];
+    for (int i = 0; i < num; i++) {
+        const int from = luma(r[i], g[i], b[i]);
+        r[i] = blend(from, r[i], factor);
+        g[i] = blend(from, g[i], factor);
+        b[i] = blend(from, b[i], factor);
     }
 }
 
@@ -126,16 +124,23 @@ static void sharpen(canvas_t *canvas, float factor) {
 
 static void mask(canvas_t *canvas, int bits) {
     const uint8_t kept = (uint8_t)~((1 << (8 - bits)) - 1);
-    for (int c = 0; c < 3; c++)
-        for (int i = 0; i < canvas->size * canvas->pitch; i++) canvas->plane[c][i] &= kept;
+    const int num = canvas->size * canvas->pitch;
+    for (int c = 0; c < 3; c++) {
+        uint8_t *restrict plane = canvas->plane[c];
+        for (int i = 0; i < num; i++) plane[i] &= kept;
+    }
 }
 
 static void solarize(canvas_t *canvas, int threshold) {
+    const int num = canvas->size * canvas->pitch;
     for (int c = 0; c < 3; c++) {
         uint8_t *restrict plane = canvas->plane[c];
-        for (int i = 0; i < canvas->size * canvas->pitch; i++)
-            plane[i] = plane[i] >= threshold ? 255 - plane[i] : plane[i];
+        for (int i = 0; i < num; i++) plane[i] = plane[i] >= threshold ? 255 - plane[i] : plane[i];
     }
+}
+
+static inline int outside(int32_t x, int32_t y, int size) {
+    return (unsigned)(x >> 16) >= (unsigned)size || (unsigned)(y >> 16) >= (unsigned)size;
 }
 
 /* Output (x, y) shows the input pixel around (a x + b y + c, d x + e y + f) of pixel centres, or black. Pillow counts in
@@ -148,17 +153,22 @@ static void transform(canvas_t *canvas, const double matrix[NUMBERS]) {
         const double at_centre = third ? matrix[k] + matrix[k - 2] * 0.5 + matrix[k - 1] * 0.5 : matrix[k];
         fixed[k] = (int64_t)__builtin_floor(at_centre * 65536.0 + 0.5);
     }
+    const int32_t step_x = (int32_t)fixed[0], step_y = (int32_t)fixed[3];
     for (int c = 0; c < 3; c++) {
         const uint8_t *restrict plane = canvas->plane[c];
         for (int y = 0; y < size; y++) {
-            int32_t at_x = (int32_t)(fixed[2] + y * fixed[1]), at_y = (int32_t)(fixed[5] + y * fixed[4]);
-            const int32_t step_x = (int32_t)fixed[0], step_y = (int32_t)fixed[3];
+            const int32_t at_x = (int32_t)(fixed[2] + y * fixed[1]), at_y = (int32_t)(fixed[5] + y * fixed[4]);
             uint8_t *restrict out = canvas->spare + y * pitch;
-            for (int x = 0; x < size; x++, at_x += step_x, at_y += step_y) {
-                const int from_x = at_x >> 16, from_y = at_y >> 16;
-                const int inside = (unsigned)from_x < (unsigned)size && (unsigned)from_y < (unsigned)size;
-                out[x] = inside ? plane[from_y * pitch + from_x] : 0;
-            }
+            int first = 0, last = size; /* the columns that show the image: one stretch, as the image is convex */
+            while (first < size && outside(at_x + first * step_x, at_y + first * step_y, size)) first++;
+            while (last > first && outside(at_x + (last - 1) * step_x, at_y + (last - 1) * step_y, size)) last--;
+            memset(out, 0, first);
+            memset(out + last, 0, size - last);
+            if (step_x == 65536 && step_y == 0)
+                memcpy(out + first, plane + (at_y >> 16) * pitch + (at_x >> 16) + first, last - first);
+            else
+                for (int x = first; x < last; x++)
+                    out[x] = plane[((at_y + x * step_y) >> 16) * pitch + ((at_x + x * step_x) >> 16)];
         }
         uint8_t *shown = canvas->spare;
         canvas->spare = canvas->plane[c];

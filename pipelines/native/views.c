@@ -350,40 +350,40 @@ static void blur_row(const uint8_t *const *tap, const box_t *box, uint8_t *restr
     }
 }
 
-static void blur_plane(const canvas_t *canvas, int c, const box_t *box, uint8_t *framed) {
-    const int size = canvas->size, pitch = canvas->pitch;
-    uint8_t *plane = canvas->plane[c];
-    const int edge = box->reach + 1, taps = 2 * edge + 1;
+/* `framed` has room for two rows with `box->reach + 1` px before and behind them. */
+static void blur_plane(canvas_t *canvas, int c, const box_t *box, uint8_t *framed) {
+    const int size = canvas->size, pitch = canvas->pitch, edge = box->reach + 1, taps = 2 * edge + 1;
+    uint8_t *plane = canvas->plane[c], *const row[2] = {framed + edge, framed + pitch + 3 * edge};
     const uint8_t *tap[taps];
-    for (int k = 0; k < taps; k++) tap[k] = framed + k;
     for (int y = 0; y < size; y++) {
-        uint8_t *row = plane + y * pitch;
+        memcpy(row[0], plane + y * pitch, size);
         for (int pass = 0; pass < 3; pass++) {
-            memset(framed, row[0], edge);
-            memcpy(framed + edge, row, size);
-            memset(framed + edge + size, row[size - 1], edge);
-            blur_row(tap, box, row, pitch);
+            uint8_t *from = row[pass & 1], *to = pass == 2 ? plane + y * pitch : row[~pass & 1];
+            for (int k = 1; k <= edge; k++) {
+                from[-k] = from[0];
+                from[size - 1 + k] = from[size - 1];
+            }
+            for (int k = 0; k < taps; k++) tap[k] = from + k - edge;
+            blur_row(tap, box, to, pitch);
         }
     }
-    const uint8_t *from = plane;
-    uint8_t *to = canvas->spare;
     for (int pass = 0; pass < 3; pass++) {
         for (int y = 0; y < size; y++) {
             for (int k = 0; k < taps; k++) {
                 const int at = y + k - edge;
-                tap[k] = from + (at < 0 ? 0 : at > size - 1 ? size - 1 : at) * pitch;
+                tap[k] = plane + (at < 0 ? 0 : at > size - 1 ? size - 1 : at) * pitch;
             }
-            blur_row(tap, box, to + y * pitch, pitch);
+            blur_row(tap, box, canvas->spare + y * pitch, pitch);
         }
-        from = to;
-        to = to == plane ? canvas->spare : plane;
+        canvas->plane[c] = canvas->spare;
+        canvas->spare = plane;
+        plane = canvas->plane[c];
     }
-    memcpy(plane, from, (size_t)size * pitch);
 }
 
 /* ---- One view ---- */
 
-static void solarize(canvas_t *canvas, int threshold) {
+static void invert_from(canvas_t *canvas, int threshold) {
     const int num = canvas->size * canvas->pitch;
     for (int c = 0; c < 3; c++) {
         uint8_t *restrict p = canvas->plane[c];
@@ -437,7 +437,7 @@ int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *vi
     /* memory: taps for plane 0 and for planes 1 and 2, a mixed row, three resized rows, planes, a spare one, a framed row */
     const size_t taps_across = taps_bytes(&across, size), taps_down = taps_bytes(&down, size);
     const size_t mixed_floats = round_up(across.high - across.low + most_taps(&across) + 8 * LANES, LANES);
-    const size_t plane_bytes = (size_t)size * pitch + 64, framed_bytes = pitch + 2 * (box.reach + 1) + 64;
+    const size_t plane_bytes = (size_t)size * pitch + 64, framed_bytes = 2 * pitch + 4 * (box.reach + 1) + 64;
     char *memory = reserve(scratch, 2 * (taps_across + taps_down) + (mixed_floats + 3 * num) * sizeof(float) +
                                         4 * plane_bytes + framed_bytes);
     if (!memory) return NO_MEMORY;
@@ -494,7 +494,7 @@ int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *vi
         for (int c = 0; c < (gray ? 1 : 3); c++) blur_plane(&canvas, c, &box, framed);
         if (gray) for (int c = 1; c < 3; c++) memcpy(canvas.plane[c], canvas.plane[0], (size_t)size * pitch);
     }
-    if (view->solarize[i]) solarize(&canvas, view->solarize_threshold);
+    if (view->solarize[i]) invert_from(&canvas, view->solarize_threshold);
     if (view->num_strong) JOIN(apply_strong, FOR)(&canvas, view, i);
     interleave(&canvas, view->pixels + (size_t)i * size * size * 3);
     return DONE;
