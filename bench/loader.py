@@ -38,7 +38,7 @@ STEPS = ("prepare", "fidelity", "rounds", "report")
 VIEWS = {"moco_v2": "MoCo v2, 2×224", "swav": "SwAV, 2×224 + 6×96", "clsa_multi": "CLSA multi, 1 + 5 weak + 5 strong"}
 BASELINE, CEILING = "torchvision_pillow", "pure_decode"
 SHORT_SIDE = 256
-WARMUP_BATCHES = 4  # the two that two workers begin with come together, and so do the next
+WARMUP_BATCHES = 2  # of every worker: the first of each come together, after all the imports
 ROUND_LIMIT_S = 200.0
 
 Results = Mapping[str, Mapping[str, float]]  # program -> images_per_s, cpu_ms_per_image, start_s
@@ -159,7 +159,7 @@ def _run(options: argparse.Namespace, chosen: Mapping[str, Program]) -> None:
         prepare(data, len(_files(data.folder)))
     settings = data.describe() | {
         key: getattr(options, key) for key in ("batch", "workers", "seconds")
-    } | {"warmup_batches": WARMUP_BATCHES}  # fmt: skip
+    } | {"warmup_batches_per_worker": WARMUP_BATCHES}  # fmt: skip
     fresh = Record(
         what="images per second of data loaders that make the same views from the same photographs",
         command="python -m bench.loader --data IMAGEFOLDER",
@@ -213,7 +213,7 @@ def run_round(
         numbers = [x for key in ("batch", "workers", "seconds") for x in (f"--{key}", settings[key])]
         began = time.time()
         first, rate = _json_lines(
-            name, program.command(data, "--views", views, "--warmup", settings["warmup_batches"], *numbers)
+            name, program.command(data, "--views", views, "--warmup", settings["warmup_batches_per_worker"], *numbers)
         )
         results[name] = {
             "images_per_s": rate["images_per_s"],

@@ -49,10 +49,14 @@ def draw(kept: Record, programs: Mapping[str, Program], views: Mapping[str, str]
             ratio = kept.figures.get(f"{name}/{bar}/ratio")
             text = f"{speed.median:.0f}" + (f"  ({ratio.median:.1f}×)" if ratio else "")
             axis.annotate(text, (max(speed.rounds), place), (5, 0), textcoords="offset points", va="center", fontsize=8)
-        axis.set_title(f"{views[name]}: {len(speeds[-1].rounds)} rounds", fontsize=10, loc="left")
+        rounds = max(len(speed.rounds) for speed in speeds)
+        axis.set_title(f"{views[name]} ({rounds} round{'s' * (rounds > 1)})", fontsize=10, loc="left")
+        axis.margins(y=0.01)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlabel("images per second (× torchvision on Pillow in the same round); line: slowest to fastest round")
-    canvas.suptitle(_conditions(kept), fontsize=9)
+    axes[-1].set_xlabel(
+        "images/s (× torchvision on Pillow in the same rounds); lines: slowest to fastest round", fontsize=9
+    )
+    canvas.suptitle(_conditions(kept), fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(path, dpi=120)
 

@@ -41,8 +41,8 @@ def main(
     parser.add_argument("--views", choices=VIEWS, default="moco_v2")
     parser.add_argument("--workers", type=int, default=2, help="threads or worker processes")
     parser.add_argument("--batch", type=int, default=64, help="images a batch")
-    parser.add_argument("--warmup", type=int, default=4, help="batches that do not count")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a round; it ends with a whole batch")
+    parser.add_argument("--warmup", type=int, default=2, help="batches of every worker that do not count")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of a round; it ends with a batch of every worker")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--fidelity", action="store_true", help="pixels against Pillow's instead of speed")
     parser.add_argument("--describe", action="store_true", help="what the peer does differently, and its output")
@@ -62,22 +62,18 @@ def measure(source: Iterator[Any], options: argparse.Namespace) -> None:
     """Print the lines of the first batch and of each round."""
     next(source)
     _print({"first_batch_at": time.time()})
-    for _ in range(options.warmup - 1):
+    for _ in range(options.warmup * options.workers - 1):
         next(source)
     for _ in range(options.rounds):
-        images, began, cpu_began = 0, time.perf_counter(), cpu_s(os.getpid())
-        while (seconds := time.perf_counter() - began) < options.seconds:
+        batches, began, cpu_began = 0, time.perf_counter(), cpu_s(os.getpid())
+        # Workers that began together deliver together: a round that ends amid them would lack what they have all but
+        # done, several percent of a short round.
+        while (seconds := time.perf_counter() - began) < options.seconds or batches % options.workers:
             next(source)
-            images += options.batch
-        cpu_ms = 1000 * (cpu_s(os.getpid()) - cpu_began)
-        _print(
-            {
-                "images_per_s": images / seconds,
-                "cpu_ms_per_image": cpu_ms / images,
-                "images": images,
-                "seconds": seconds,
-            }
-        )
+            batches += 1
+        cpu_ms, images = 1000 * (cpu_s(os.getpid()) - cpu_began), batches * options.batch
+        rates = {"images_per_s": images / seconds, "cpu_ms_per_image": cpu_ms / images}
+        _print({**rates, "images": images, "seconds": seconds})
     source.close()  # type: ignore[attr-defined]  # a generator: its threads and processes end here
 
 

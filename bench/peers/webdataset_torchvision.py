@@ -1,7 +1,7 @@
 """webdataset over tar shards, with torchvision's transforms on Pillow images in its WebLoader.
 
-Differs: shuffled shard by shard and in a buffer of 1000 images instead of over the whole set; shards are shared out to
-the workers, so there must be as many at least.
+Differs: shards are drawn with replacement and shuffled in a buffer of 1000 images, as its documentation has it for
+training without end, instead of one order over the whole set.
 """
 
 import webdataset as wds
@@ -12,18 +12,13 @@ from bench.peers.torchvision_pillow import OPERATIONS, AllViews, decode
 
 def batches(options):
     shards = sorted(str(path) for path in options.shards.glob("*.tar"))
-    if len(shards) < options.workers:
-        raise SystemExit(
-            f"{options.shards} has {len(shards)} shards for {options.workers} workers; pack smaller shards"
-        )
     dataset = (
-        wds.WebDataset(shards, shardshuffle=len(shards), seed=0)
+        wds.WebDataset(shards, resampled=True)
         .shuffle(1000)
         .decode("pil")
         .to_tuple("jpg;jpeg;png", "cls")
         .map_tuple(AllViews(options.views), lambda label: label)
         .batched(options.batch, partial=False)
-        .repeat()
     )
     yield from wds.WebLoader(dataset, batch_size=None, num_workers=options.workers)
 
