@@ -92,10 +92,7 @@ def turn_hue(planes: Planes, fraction: Factors) -> Planes:
 
 def gaussian_blur(planes: Planes, sigma: Factors) -> Planes:
     """`ImageFilter.GaussianBlur(radius=sigma)`: three box blurs along the rows, then three along the columns."""
-    radius = _box_radius(sigma)
-    whole = radius.astype(np.int64)
-    weight = (np.float32(_ONE) / (radius * 2 + 1)).astype(np.uint32)
-    far_weight = (np.uint32(_ONE) - (2 * whole + 1).astype(np.uint32) * weight) // 2
+    whole, weight, far_weight = box_weights(sigma)
     blurred = np.empty_like(planes)
     for reach in np.unique(whole).tolist():
         (chosen,) = np.nonzero(whole == reach)
@@ -103,6 +100,17 @@ def gaussian_blur(planes: Planes, sigma: Factors) -> Planes:
             weights = weight[chosen, None], far_weight[chosen, None]
             blurred[channel, chosen] = _box_blurs(planes[channel, chosen], reach, *weights)
     return blurred
+
+
+def box_weights(
+    sigma: Factors,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint32], npt.NDArray[np.uint32]]:
+    """Of one box blur, a number per image: its reach in whole px, the weight of the pixels within, and that of the two
+    beyond; weights in units of 2**-24."""
+    radius = _box_radius(sigma)
+    whole = radius.astype(np.int64)
+    weight = (np.float32(_ONE) / (radius * 2 + 1)).astype(np.uint32)
+    return whole, weight, (np.uint32(_ONE) - (2 * whole + 1).astype(np.uint32) * weight) // 2
 
 
 def _blend(degenerate: npt.NDArray[np.float32] | None, planes: Planes, factor: Factors) -> Planes:
