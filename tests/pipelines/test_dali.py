@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import chain, combinations, permutations
+from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -19,12 +19,11 @@ from torch import Tensor
 from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import Backend, DecodeError, Job, make
-from pipelines.draw import ViewDraws, draw_view
+from pipelines.draw import draw_view
 from pipelines.views import ViewSpec, flatten, normalize
 from tests.shards import encode
 
 pytest.importorskip("nvidia.dali")
-from pipelines.backends.dali import inputs
 
 MOCO_V1 = AugmentSpec(
     jitter_p=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, grayscale_p=0.2, grayscale_first=True
@@ -333,25 +332,3 @@ def test_without_dali_the_error_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     with pytest.raises(ValueError, match=r"fastssl-train\[dali\]"):
         importlib.import_module("pipelines.backends.dali")
-
-
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-SUBSETS = list(chain.from_iterable(combinations(range(4), size) for size in range(1, 5)))
-
-
-@pytest.mark.parametrize("active", SUBSETS, ids=lambda active: "-".join(OPERATIONS[i] for i in active))
-def test_the_steps_of_a_sample_are_its_own_order_of_the_active_operations(active: tuple[int, ...]) -> None:
-    strengths: dict[str, Any] = {OPERATIONS[i]: 0.3 for i in active}
-    augment = AugmentSpec(jitter_p=0.5, **strengths)
-    orders = np.array(list(permutations(range(4))), dtype=np.int8)
-    given = inputs.arrays(ViewSpec("a", 8, augment=augment), _draws_with(orders))
-    steps = inputs.jitter_steps(augment)
-    for row, order in enumerate(orders):
-        taken = [number for step, number in enumerate(steps) if given[f"step{step}"][row]]
-        assert taken == [number for number in order.tolist() if number in active]
-
-
-def _draws_with(order: np.ndarray) -> ViewDraws:
-    blank, num = inputs.blank_draws(), len(order)
-    repeated = {name: np.repeat(values, num, axis=0) for name, values in vars(blank).items()}
-    return ViewDraws(**(repeated | {"order": order, "jitter": np.ones(num, dtype=np.bool_)}))

@@ -56,32 +56,30 @@ class Case:
     strong: str = ""
 
 
-STRONG = {"equalize": 0.3}  # tolerances other than 0.01
-
 CASES = {
     "crop and resize to 224 px": Case(ViewSpec("a", 224, augment=NOTHING), 0.2),
     "crop and resize to 96 px, area 5 to 14 %": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=NOTHING), 0.2),
     "crop and resize to 32 px": Case(ViewSpec("a", 32, augment=NOTHING), 0.3),
     "shorter side to 256 px, center 224 px": Case(ViewSpec("a", 224, crop="center", resize=256, augment=NOTHING), 0.2),
     "flip": Case(_only(flip_p=1.0), 0.0),
-    "brightness 0.8": Case(_jitter(brightness=0.8), 0.01),
-    "contrast 0.8": Case(_jitter(contrast=0.8), 0.02),
-    "saturation 0.8": Case(_jitter(saturation=0.8), 0.02),
-    "hue 0.1": Case(_jitter(hue=0.1), 0.3),
-    "hue 0.5": Case(_jitter(hue=0.5), 0.4),
-    "all four in a random order, as MoCo v2": Case(_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1), 0.4),
-    "all four in a random order, as SwAV": Case(_jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.4),
-    "grayscale": Case(_only(grayscale_p=1.0), 0.01),
-    "blur, sigma 0.1 to 2": Case(_only(blur_p=1.0), 0.4),
+    "brightness 0.8": Case(_jitter(brightness=0.8), 0.0),
+    "contrast 0.8": Case(_jitter(contrast=0.8), 0.0),
+    "saturation 0.8": Case(_jitter(saturation=0.8), 0.0),
+    "hue 0.1": Case(_jitter(hue=0.1), 0.0),
+    "hue 0.5": Case(_jitter(hue=0.5), 0.0),
+    "all four in a random order, as MoCo v2": Case(_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1), 0.0),
+    "all four in a random order, as SwAV": Case(_jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.0),
+    "grayscale": Case(_only(grayscale_p=1.0), 0.0),
+    "blur, sigma 0.1 to 2": Case(_only(blur_p=1.0), 0.0),
     "solarize": Case(_only(solarize_p=1.0), 0.0),
-    "view of MoCo v1": Case(ViewSpec("a", 224, augment=MOCO_V1), 0.5),
-    "view of MoCo v2": Case(ViewSpec("a", 224, augment=MOCO_V2), 0.5),
-    "global view of SwAV": Case(ViewSpec("a", 224, scale=(0.14, 1.0), augment=SWAV), 0.5),
-    "local view of SwAV": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=SWAV), 0.5),
-    **{f"strong {name}": Case(_only(strong_draws=1), STRONG.get(name, 0.01), name) for name in strong.POOL},
-    "five strong draws": Case(_only(strong_draws=5), 0.5),
-    "strong view of CLSA, 224 px": Case(ViewSpec("a", 224, augment=CLSA), 1.0),
-    "strong view of CLSA, 96 px": Case(ViewSpec("a", 96, scale=(0.086, 0.429), augment=CLSA), 1.0),
+    "view of MoCo v1": Case(ViewSpec("a", 224, augment=MOCO_V1), 0.3),
+    "view of MoCo v2": Case(ViewSpec("a", 224, augment=MOCO_V2), 0.25),
+    "global view of SwAV": Case(ViewSpec("a", 224, scale=(0.14, 1.0), augment=SWAV), 0.25),
+    "local view of SwAV": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=SWAV), 0.25),
+    **{f"strong {name}": Case(_only(strong_draws=1), 0.0, name) for name in strong.POOL},
+    "five strong draws": Case(_only(strong_draws=5), 0.0),
+    "strong view of CLSA, 224 px": Case(ViewSpec("a", 224, augment=CLSA), 0.5),
+    "strong view of CLSA, 96 px": Case(ViewSpec("a", 96, scale=(0.086, 0.429), augment=CLSA), 0.5),
 }
 
 
@@ -189,11 +187,11 @@ def _by_dali(operation: Callable[[Any, Any], Any], images: np.ndarray, factors: 
 def test_what_dali_itself_calls_contrast_and_hue_is_far_outside(
     name: str, operation: Callable[[Any, Any], Any], factor: str, photographs: list[Image.Image]
 ) -> None:
-    """Contrast around 128 and hue in YIQ: the test above would fail with them, by more than a factor of ten."""
+    """Contrast around 128 and hue in YIQ, which is why the chain is not DALI's."""
     case = CASES[name]
     job = _job(case, photographs)
     (exact,) = render([case.spec], job, "exact")
     untouched = _untouched(case.spec, job)
     images = np.ascontiguousarray(untouched.transpose(0, 2, 3, 1))
     theirs = _by_dali(operation, images, getattr(job.draws[0], factor)).transpose(0, 3, 1, 2)
-    assert _difference(theirs, exact.numpy(), untouched).mean > 10 * case.tolerance
+    assert _difference(theirs, exact.numpy(), untouched).mean > 2.0

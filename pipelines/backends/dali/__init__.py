@@ -1,10 +1,11 @@
-"""Views by NVIDIA DALI, on a GPU or on the CPU: graph.py makes the graph, inputs.py what is fed to it."""
+"""Views by NVIDIA DALI, on a GPU or on the CPU: graph.py decodes and crops, inputs.py is what is fed to it, and the
+colour chain follows as kernels (backends/fused_colour.py) or in NumPy (colour_on_cpu.py)."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,12 @@ from torch import Tensor
 from pipelines.backends import DecodeError, Job
 from pipelines.views import ViewSpec, flatten
 
+if TYPE_CHECKING:
+    from pipelines.backends.fused_colour import FusedColour
+
 try:
     from pipelines.backends.dali import inputs
+    from pipelines.backends.dali.colour_on_cpu import ColourOnCpu
     from pipelines.backends.dali.graph import make_decoder, make_graph
 except ModuleNotFoundError as error:
     if not (error.name or "").startswith("nvidia"):
@@ -45,13 +50,13 @@ class DaliBackend:
         self._pipeline = make_graph(
             specs,
             self._newest_inputs,
-            output=output,
             batch_size=batch_size,
             num_threads=threads,
             prefetch_queue_depth=1,
             **self._place,
         )
         self._pipeline.build()
+        self._colour = _make_colour(self._specs, device, threads, output)
         self._jobs: deque[Job] = deque()
 
     def submit(self, job: Job) -> None:
@@ -64,13 +69,14 @@ class DaliBackend:
             outputs = self._pipeline.share_outputs()
         except RuntimeError as error:
             raise self._explain(job, error) from error
-        views = [torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2) for output in outputs]
+        views = [torch.from_dlpack(output.as_tensor()) for output in outputs]
         self._pipeline.release_outputs()  # the buffers live on in the tensors
-        return views
+        return self._colour(views, job.draws)
 
     def close(self) -> None:
         self._jobs.clear()
         self._pipeline = None
+        self._colour.close()
 
     def _newest_inputs(self) -> list[Any]:
         job = self._jobs[-1]
@@ -99,6 +105,21 @@ class DaliBackend:
             if (crops[:, :2] + crops[:, 2:] > (height, width)).any():
                 faults[i] = f"{job.names[i]} is {width} x {height} px, but its index says otherwise; {remedy}"
         return DecodeError(faults) if faults else error
+
+
+def _make_colour(specs: Sequence[ViewSpec], device: str, threads: int, output: str) -> FusedColour | ColourOnCpu:
+    if torch.device(device).type == "cpu":
+        return ColourOnCpu(specs, threads, output)
+    try:
+        from pipelines.backends.fused_colour import FusedColour
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("triton"):
+            raise
+        raise ValueError(
+            "loader.backend=dali on a GPU needs Triton, which is not installed although CUDA builds of torch for Linux"
+            " bring it; install triton, or choose loader.backend=exact"
+        ) from error
+    return FusedColour(specs, torch.device(device), output)
 
 
 def _as_arrays(images: Sequence[bytes]) -> list[npt.NDArray[np.uint8]]:
