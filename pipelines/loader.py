@@ -43,6 +43,7 @@ class Loader:
     output      "uint8": raw pixels, for `normalize`; "float32" or "float16": normalised. Stamps are always normalised
     order       "global", or "window" for network storage (see order.py)
     window      shards that order="window" shuffles together
+    decode      "full"; or "scaled", which is faster and less faithful (see backends/native.py)
     on_bad      "fail" at a sample that cannot be read or decoded, or "replace" it (see bad_samples.py); its neighbours
                 keep their views
 
@@ -69,6 +70,7 @@ class Loader:
         order: str = "global",
         window: int = WINDOW,
         on_bad: str = "fail",
+        decode: str = "full",
     ) -> None:
         _check(manifest, specs, threads, prefetch)
         check_seed(seed)
@@ -104,6 +106,7 @@ class Loader:
             depth=prefetch,
             output=output,
             replace=on_bad == "replace",
+            decode=decode,
         )
         self._stream: _Stream | None = None
         self._ahead: ReadAhead | None = None
@@ -163,23 +166,22 @@ class Loader:
         return epoch * self._manifest.num_samples + within * self._batch_size
 
     def _upcoming(self, epoch: int, start: int) -> Iterator[Stretch]:
-        """Every shard of each epoch with the place from which on it is fetched, one window before its own opens.
-
-        So that the network is used evenly, the shards of a window follow each other by their number of samples.
-        """
+        """Every shard of each epoch, to be fetched in the first half of the window before its own."""
         sizes = [shard.num_samples for shard in self._manifest.shards]
         if self._order == "global":  # its first batches touch every shard
-            yield from ((0, shard) for shard in range(len(sizes)))
+            yield from (Stretch(0, shard) for shard in range(len(sizes)))
             return
+        opens, open_before, window_before = epoch * self._manifest.num_samples, 0, []
         for number in itertools.count(epoch):
             shards = shard_order(len(sizes), self._seed, number).tolist()
-            before, ends = number * self._manifest.num_samples, np.cumsum([sizes[shard] for shard in shards]).tolist()
             for first in range(0, len(shards), self._window):
                 window = shards[first : first + self._window]
-                if before + ends[first + len(window) - 1] <= start:
-                    continue
-                lead = 2 * sum(sizes[shard] for shard in window)
-                yield from ((before + ends[first + i] - lead, shard) for i, shard in enumerate(window))
+                closes = opens + sum(sizes[shard] for shard in window)
+                if closes > start:
+                    pace = (opens - open_before) / (2 * len(window))
+                    for i, shard in enumerate(window):
+                        yield Stretch(open_before + round(i * pace), shard, tuple(window_before))
+                opens, open_before, window_before = closes, opens, window
 
 
 def read_once(

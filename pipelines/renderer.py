@@ -76,6 +76,7 @@ class Renderer:
         depth: int,
         output: str,
         replace: bool = False,
+        decode: str = "full",
     ) -> None:
         self._manifest, self._specs, self._seed, self._depth, self._device = manifest, specs, seed, depth, device
         self._replace = replace
@@ -89,6 +90,7 @@ class Renderer:
             output=output,
             depth=depth,
             bands=manifest.bands,
+            decode=decode,
         )
         self.reader = Reader(manifest, _READ_THREADS)
         self._in_backend: deque[_Pending] = deque()

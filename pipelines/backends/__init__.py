@@ -19,6 +19,7 @@ from pipelines.draw import ViewDraws
 from pipelines.views import ViewSpec
 
 BACKENDS = ("dali", "native", "exact", "stamps")
+DECODES = ("full", "scaled")
 OUTPUTS = ("uint8", "float32", "float16")
 
 
@@ -116,11 +117,13 @@ def make(
     output: str,
     depth: int,
     bands: int = 0,
+    decode: str = "full",
 ) -> Backend:
     """The backend `name`: dali, native, exact, stamps, or auto (dali on a GPU, native on a CPU; stamps for stamps).
 
     device  "cpu" or a CUDA device such as "cuda:0"
     bands   of the stamps, as `Manifest.bands` has it; 0 for photographs
+    decode  "full" or, with the native backend, "scaled" (see native.py)
     Raises ValueError with the remedy for an unknown name, for views or a backend that the data cannot have, or when a
     backend's package is not installed.
     """
@@ -133,6 +136,10 @@ def make(
         warnings.warn(
             f"Pillow and NumPy make the views, which takes four times as long: {why_not_native()}", stacklevel=2
         )
+    if decode not in DECODES:
+        raise ValueError(f"loader.decode is {decode!r}, but must be one of {', '.join(DECODES)}")
+    if decode == "scaled" and name != "native":
+        raise ValueError(f"loader.decode is 'scaled', which the {name} backend cannot do; set it to full")
     if bool(bands) != (name == "stamps"):
         what = f"these shards hold stamps of {bands} bands" if bands else "these shards hold photographs"
         raise ValueError(f"loader.backend is {name!r}, but {what}; leave it at auto")
@@ -144,7 +151,9 @@ def make(
     if name == "native":
         from pipelines.backends.native import NativeBackend
 
-        return NativeBackend(specs, batch_size, device=device, threads=threads, output=output, depth=depth)
+        return NativeBackend(
+            specs, batch_size, device=device, threads=threads, output=output, depth=depth, decode=decode
+        )
     if name == "exact":
         from pipelines.backends.exact import ExactBackend
 

@@ -114,6 +114,11 @@ def why_not() -> str:
     return ""
 
 
+def source_digest(path: Path = LIBRARY) -> str:
+    """What `pipelines.native.build.source_digest` said when the kernel was compiled."""
+    return _load(path).source_digest().decode()
+
+
 def arrays(files: Sequence[bytes]) -> tuple[ctypes.Array[c_char_p], npt.NDArray[np.int64]]:
     """Addresses and sizes of files, for `render_files`; the files must stay alive meanwhile."""
     return (c_char_p * len(files))(*files), np.array([len(file) for file in files], np.int64)
