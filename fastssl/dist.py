@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import os
-from typing import TypeVar
+from collections.abc import Collection
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as td
@@ -73,6 +74,8 @@ def all_gather(x: Tensor) -> Tensor:
     """(B, ...) of every rank -> (W * B, ...) in rank order, without gradient."""
     if world() == 1:
         return x
+    if _is_channels_last(x):
+        return all_gather(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     x = x.contiguous()
     out = x.new_empty((world() * x.shape[0], *x.shape[1:]))
     gather = getattr(td, "all_gather_single", None) or td.all_gather_into_tensor  # the older name, deprecated in 2.14
@@ -98,6 +101,22 @@ def all_reduce_max(x: Tensor) -> Tensor:
     return _all_reduce(x, td.ReduceOp.MAX)
 
 
+@torch.no_grad()
+def all_to_all(x: Tensor) -> Tensor:
+    """(B, ...) -> (B, ...): the W equal parts of each rank's rows go to the W ranks, and arrive in the senders' order.
+
+    B is a multiple of W. A rank sends and receives B rows, where `all_gather` brings it W * B.
+    """
+    if world() == 1:
+        return x
+    if _is_channels_last(x):
+        return all_to_all(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    x = x.contiguous()
+    out = torch.empty_like(x)
+    td.all_to_all_single(out, x)
+    return out
+
+
 def any_rank(flag: bool) -> bool:
     """Whether any rank says so; all ranks get the same answer. A collective: every rank must call it."""
     if world() == 1:
@@ -105,6 +124,32 @@ def any_rank(flag: bool) -> bool:
     said = torch.tensor([int(flag)])
     td.all_reduce(said, td.ReduceOp.MAX)
     return bool(said.item())
+
+
+class AnyRankLately:
+    """`any_rank` for a question of every step: the answer is to the call before, so that no rank waits for another.
+
+    All ranks get the same answer at the same call. One process is answered at once.
+    """
+
+    def __init__(self) -> None:
+        self._said: Tensor | None = None
+        self._work: td.Work | None = None
+
+    def __call__(self, flag: bool) -> bool:
+        """A collective: every rank must call it equally often."""
+        if world() == 1:
+            return flag
+        answer = self._work is not None and self._answer()
+        self._said = torch.tensor([int(flag)])  # on the CPU, where gloo and not the GPU answers
+        self._work = td.all_reduce(self._said, td.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def _answer(self) -> bool:
+        assert self._said is not None
+        assert self._work is not None
+        self._work.wait()
+        return bool(self._said.item())
 
 
 def main_says(value: object) -> object:
@@ -116,10 +161,42 @@ def main_says(value: object) -> object:
     return box[0]
 
 
+def own_rows(x: Tensor) -> Tensor:
+    """(W * B, ...) in rank order -> the B rows of this rank."""
+    return x.unflatten(0, (world(), -1))[rank()]
+
+
 def permutation(size: int, seed: int, step: int) -> Tensor:
-    """The shuffle of step `step`: a pure function, so that ranks agree without talking and a resume repeats it."""
+    """An order of `size` things, a pure function: ranks agree without talking. On the CPU."""
     generator = torch.Generator().manual_seed((seed * 0x9E3779B97F4A7C15 + step) % 2**63)
     return torch.randperm(size, generator=generator)
+
+
+def shuffled_places(size: int, seed: int, step: int, device: torch.device | str = "cpu", parts: int = 1) -> Tensor:
+    """The shuffle of step `step`: places 0..size, shuffled inside each of `parts` equal parts. A pure function.
+
+    Made on `device`, and the same on every device: a copy from the host would make the host wait for all that the
+    device has still to do. Places are sorted by a hash of theirs, the finaliser of splitmix64 but for signed shifts.
+    """
+    places = torch.arange(size, device=device)
+    x = places * _GOLDEN + _as_int64(seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ (x >> shift)) * _as_int64(factor)
+    inside = (x ^ (x >> 31)).view(parts, -1).argsort(dim=1, stable=True)
+    return (inside + places.view(parts, -1)[:, :1]).flatten()
+
+
+def _as_int64(value: int) -> int:
+    """`value` modulo 2^64, as the signed number with the same bits."""
+    return (value + 2**63) % 2**64 - 2**63
+
+
+_GOLDEN = _as_int64(0x9E3779B97F4A7C15)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    """Whether `x` is images whose memory is rows of (H, W, C): collectives move such as they are."""
+    return x.ndim == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _all_reduce(x: Tensor, operation: td.ReduceOp.RedOpType) -> Tensor:
@@ -130,17 +207,65 @@ def _all_reduce(x: Tensor, operation: td.ReduceOp.RedOpType) -> Tensor:
     return x
 
 
-def wrap(method: nn.Module) -> nn.Module:
-    """The module whose forward averages gradients over ranks; `method` itself on one process.
+def wrap(module: M) -> nn.Module:
+    """The module whose forward averages gradients over ranks; `module` itself on one process.
 
-    Buffers follow rank 0 at each forward, as in the published code, except those that `method.own_buffers` names (a
-    queue: large, and either equal on all ranks by construction or meant to differ). Not DDP's static_graph: it looks
-    for tensors in tuples and dicts only, finds none in an `Output`, and then leaves gradients local without a word
-    (torch 2.14).
+    Buffers follow rank 0 at each forward.
     """
     if world() == 1:
-        return method
-    ddp = nn.parallel.DistributedDataParallel
-    ddp._set_params_and_buffers_to_ignore_for_model(method, list(getattr(method, "own_buffers", ())))
-    device_ids = [torch.cuda.current_device()] if next(method.parameters()).is_cuda else None
-    return ddp(method, device_ids=device_ids, gradient_as_bucket_view=True)
+        return module
+    return nn.parallel.DistributedDataParallel(module, device_ids=_device_ids(module), gradient_as_bucket_view=True)
+
+
+def wrap_method(method: nn.Module) -> nn.Module:
+    """The same for a module whose forward gives an object with a `loss`, and which uses the same parameters each step.
+
+    Buffers stay each rank's own. Nothing in a training step reads the running statistics of batch norm, rank 0's are
+    what is saved, and `follow_main_` brings them to the others where they matter; broadcast at each forward, as DDP
+    would, they are a collective a step whose only effect is on copies that nobody looks at.
+    """
+    return method if world() == 1 else _Averaged(method)
+
+
+class _Averaged(nn.Module):
+    def __init__(self, method: nn.Module) -> None:
+        super().__init__()
+        self.ddp = nn.parallel.DistributedDataParallel(
+            _LossFirst(method),
+            device_ids=_device_ids(method),
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+        )
+
+    def forward(self, *inputs: Any) -> Any:
+        loss, output = self.ddp(*inputs)
+        output.loss = loss
+        return output
+
+
+class _LossFirst(nn.Module):
+    """What DDP can see through: with a static graph it looks for tensors in tuples and dicts only, and where it finds
+    none it leaves gradients local without a word (torch 2.14)."""
+
+    def __init__(self, method: nn.Module) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, *inputs: Any) -> tuple[Tensor, Any]:
+        output = self.method(*inputs)
+        return output.loss, output
+
+
+@torch.no_grad()
+def follow_main_(module: nn.Module, own: Collection[str] = ()) -> None:
+    """Buffers as rank 0 has them, but for those named in `own`. A collective."""
+    if world() == 1:
+        return
+    for name, buffer in module.named_buffers():
+        if name not in own:
+            td.broadcast(buffer, src=0)
+
+
+def _device_ids(module: nn.Module) -> list[int] | None:
+    return [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None

@@ -88,13 +88,15 @@ class ViewConfig:
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """backend auto: dali on a GPU, the fastest faithful one on a CPU. threads 0: the cores shared by the host's ranks.
+    """backend auto: dali on a GPU, native on a CPU. threads 0: the cores shared by the host's ranks.
 
     What is left at auto or 0 is taken from tuned.py's file, if `fastssl-bench mode=tune` wrote one on this machine.
     prefetch    batches made ahead of the step that consumes them; 0: two
     order       "global": one permutation of the whole data set an epoch; "window": shards in random order, then a
                 shuffle over a window of open shards, for network storage
     window      shards in a window
+    decode      "full"; with the native backend also "scaled": images of which every crop is larger than its view are
+                decoded at 1/2, 1/4 or 1/8 of their size
     on_bad      in training, a sample that cannot be read or decoded is "replace"d by another one, or the run "fail"s;
                 evaluations always fail
     max_bad     share of the data set; when more samples than that were replaced, the run saves and stops
@@ -105,6 +107,7 @@ class LoaderConfig:
     prefetch: int = 0
     order: Literal["global", "window"] = "global"
     window: int = 16
+    decode: Literal["full", "scaled"] = "full"
     on_bad: Literal["replace", "fail"] = "replace"
     max_bad: float = 0.01
 
@@ -175,6 +178,7 @@ class RunConfig:
     duration        "200ep", "5000steps" or "10Mimages"; stop_after ends this process earlier, schedule unchanged
     device          auto (cuda if there is one), cpu, or cuda
     precision       fp32, bf16, or fp16 with a GradScaler; norms, logits, queues and EMA stay fp32
+    compile         "off", or torch.compile's mode for the encoders; checkpoints are the same either way
     log_every       steps between log lines; save_every a duration; keep: newest checkpoints kept
     resume          "auto": from the newest valid checkpoint of dir; "never": refuses a dir that has one
     threads         torch's CPU threads per rank; 0 leaves torch's own choice
@@ -187,6 +191,7 @@ class RunConfig:
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: Literal["off", "default", "reduce-overhead", "max-autotune"] = "off"
     channels_last: bool = True
     log_every: int = 20
     save_every: str = "1ep"

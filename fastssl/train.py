@@ -40,9 +40,9 @@ settings are key=value; the same command with the same run.dir resumes
   encoder=resnet50|resnet18|resnet18_cifar|resnet10_narrow|stamps_conv4   encoder.name=timm/NAME
   recipe=NAME    a published run or a small one, such as swav_256, stl96_moco_v2, cifar10_clsa_cpu, galaxies_cpu
   data.root=SHARDS         run.batch_size=256 (global)   run.duration=200ep|5000steps|10Mimages
-  run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0
+  run.device=auto|cpu|cuda run.precision=fp32|bf16|fp16  run.seed=0  run.compile=off|default|max-autotune
   knn=cifar knn.every=1ep  online=linear (signs of life while training, both need labels)
-  loader.backend=auto|dali|exact|stamps   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
+  loader.backend=auto|dali|native|exact|stamps   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
 exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
             8 the loss is not finite, 75 stopped on request and saved
@@ -105,6 +105,7 @@ def run(cfg: Config) -> int:
 
         def evaluate() -> dict[str, float]:
             with log.pause():
+                dist.follow_main_(training.method, training.method.own_buffers)
                 return monitor()
 
         try:
@@ -113,7 +114,7 @@ def run(cfg: Config) -> int:
                     training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
                     save_every=clock.every(cfg.run.save_every, "run.save_every"),
                     evaluate_every=clock.every(cfg.knn.every, "knn.every"),
-                    stop=lambda: stop.any_rank_asks(too_many_bad(log, manifest, cfg)),
+                    stop=lambda: stop.any_rank_asked(too_many_bad(log, manifest, cfg)),
                 )  # fmt: skip
         finally:
             log.close()
@@ -156,9 +157,10 @@ class Training:
         method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), facts)
         method.to(device).to(memory_format=memory_format(cfg))
         method.train()
+        compile_encoders_(method, cfg.run.compile)
         optimizer = build_optimizer(method, cfg.optim, device)
         scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
-        return cls(cfg, device, method, optimizer, scaler, dist.wrap(method))
+        return cls(cfg, device, method, optimizer, scaler, dist.wrap_method(method))
 
     def step(self, views: dict[str, list[Tensor]], step: int, lr: float) -> Output:
         """One optimiser step on normalised float views; nothing in it waits for the device."""
@@ -223,9 +225,10 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
         prefetch=cfg.loader.batches_ahead,
         output=view_output(cfg, device),
         order=cfg.loader.order,
-        on_bad=cfg.loader.on_bad,
-    )
         window=cfg.loader.window,
+        on_bad=cfg.loader.on_bad,
+        decode=cfg.loader.decode,
+    )
 
 
 def too_many_bad(log: RunLog, manifest: Manifest, cfg: Config) -> bool:
@@ -235,7 +238,7 @@ def too_many_bad(log: RunLog, manifest: Manifest, cfg: Config) -> bool:
 
 def view_output(cfg: Config, device: torch.device) -> str:
     """On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over."""
-    if device.type == "cpu" or cfg.loader.backend == "exact":
+    if device.type == "cpu" or cfg.loader.backend in ("native", "exact"):
         return "uint8"
     return "float16" if cfg.run.precision == "fp16" else "float32"
 
@@ -256,17 +259,27 @@ def memory_format(cfg: Config) -> torch.memory_format:
     return torch.channels_last if cfg.run.channels_last else torch.contiguous_format
 
 
+def compile_encoders_(method: Method, mode: str) -> None:
+    """torch.compile in place. Modules stay what they are, so that neither names in a checkpoint nor hooks change.
+
+    Each size of view and each mode (training, evaluating) has a graph of its own, made when it is first met.
+    """
+    if mode != "off":
+        for encoder in method.encoders():
+            encoder.forward = torch.compile(encoder.forward, mode=mode, dynamic=False)
+
+
 class StopRequest:
     """Turns SIGTERM, SIGUSR1 and Ctrl-C into a question the loop asks once a step; all ranks get the same answer.
 
     Used as a context: the handlers only set a flag, and the ones before return at its end. A second signal of the same
-    kind acts as if there were no handler.
+    kind acts as if there were no handler. Several ranks stop one step later than one (`dist.AnyRankLately`).
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def __enter__(self) -> StopRequest:
-        self._asked = False
+        self._asked, self._any_rank = False, dist.AnyRankLately()
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
@@ -274,9 +287,9 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def any_rank_asks(self, also: bool = False) -> bool:
-        """Whether any rank got a signal or says `also`. A collective: every rank must call it."""
-        return dist.any_rank(self._asked or also)
+    def any_rank_asked(self, also: bool = False) -> bool:
+        """Whether any rank got a signal or said `also`. A collective: every rank must call it once a step."""
+        return self._any_rank(self._asked or also)
 
     def _note(self, number: int, frame: Any) -> None:
         self._asked = True
@@ -338,7 +351,7 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.
 _FREE = ("loader.", "knn.", "online", "data.root", "data.remote", "run.dir", "run.device", "run.log_every",
-         "run.save_every", "run.keep", "run.resume", "run.threads", "run.stop_after")  # fmt: skip
+         "run.save_every", "run.keep", "run.resume", "run.threads", "run.stop_after", "run.compile")  # fmt: skip
 
 
 def _changed(before: Any, now: Any, path: str = "") -> list[str]:

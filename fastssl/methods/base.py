@@ -50,6 +50,10 @@ class Method(nn.Module):
         """The encoder that evaluation and export take."""
         raise NotImplementedError
 
+    def encoders(self) -> list[nn.Module]:
+        """The modules that images pass through, each a function of its input alone: what `run.compile` compiles."""
+        return [self.backbone()]
+
     def chance_level(self) -> float | None:
         """The loss of features that know nothing, for the log; None if the method has no such level."""
         return None

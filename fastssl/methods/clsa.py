@@ -72,21 +72,16 @@ class Clsa(MomentumMethod):
     def forward(self, views: Views, step: int) -> Output:
         (key_view,), weak_views, strong_views = views["key"], views["query"], views["strong"]
         if not self.config.symmetric:
-            keys = self.keys_of_all_ranks(key_view, step)
+            keys = self.keys(key_view, step)
             queries = self._all_queries([*weak_views, *strong_views])
             return self._output([(queries[: self.num_weak], keys)], queries[self.num_weak :], (keys,))
         # The key image comes after the weak ones: the order in which the running statistics of batch norm see them.
         queries = self._all_queries([*weak_views, key_view, *strong_views])
         weak, strong = queries[: self.num_weak + 1], queries[self.num_weak + 1 :]
-        keys = self.keys_of_all_ranks(key_view, 2 * step)
+        keys = self.keys(key_view, 2 * step)
         second = self._second_keys(weak_views[0], step)
         carry = (second,) if self.config.enqueue == "second" else (second, keys)
         return self._output([(weak[:-1], keys), (weak[1:], second)], strong, carry)
-
-    @torch.no_grad()
-    def after_step(self, output: Output) -> None:
-        """The logits needed the keys of all ranks, so they are not gathered again."""
-        self.enqueue_(output.carry)
 
     def chance_level(self) -> float:
         """The contrasts at ln(G + K) each, and DDM where weak and strong views have no preference among candidates."""
@@ -114,10 +109,8 @@ class Clsa(MomentumMethod):
     def _second_keys(self, view: Tensor, step: int) -> Tensor:
         """(G, C) keys of the first weak image."""
         if self.config.variant == "corrected" or self.batch_norm not in ("shuffle", "split"):
-            return self.keys_of_all_ranks(view, 2 * step + 1)
-        order, shared = self.shuffle(len(view), 2 * step, view.device)
-        keys = self.in_order(unit_rows(self.encoder_k(view)), order, shared)
-        return keys if shared else dist.all_gather(keys)
+            return self.keys(view, 2 * step + 1)
+        return self.in_order(unit_rows(self.encoder_k(view)), self.shuffle(len(view), 2 * step, view.device))
 
     def _output(
         self, directions: Sequence[tuple[Sequence[Tensor], Tensor]], strong: Sequence[Tensor], carry: tuple[Tensor, ...]

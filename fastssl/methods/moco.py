@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fastssl import dist
 from fastssl.losses import info_nce
 from fastssl.methods.base import Output, RunFacts, Views, require_roles
 from fastssl.methods.momentum import MomentumConfig, MomentumMethod
@@ -40,18 +41,18 @@ class Moco(MomentumMethod):
     def forward(self, views: Views, step: int) -> Output:
         (query_view,), (key_view,) = views["query"], views["key"]
         if not self.config.symmetric:
-            key = self.keys(key_view, step)
-            loss, logs = self._contrast(query_view, key)
-            return Output(loss, {**logs, "queue_filled": self.queue_filled()}, carry=(key,))
-        key_of_key, key_of_query = self.keys(key_view, 2 * step), self.keys(query_view, 2 * step + 1)
-        first, logs_1 = self._contrast(query_view, key_of_key)
-        second, logs_2 = self._contrast(key_view, key_of_query)
+            keys = self.keys(key_view, step)
+            loss, logs = self._contrast(query_view, keys)
+            return Output(loss, {**logs, "queue_filled": self.queue_filled()}, carry=(keys,))
+        keys_of_key, keys_of_query = self.keys(key_view, 2 * step), self.keys(query_view, 2 * step + 1)
+        first, logs_1 = self._contrast(query_view, keys_of_key)
+        second, logs_2 = self._contrast(key_view, keys_of_query)
         logs = {name: (logs_1[name] + logs_2[name]) / 2 for name in logs_1}
-        return Output(first + second, {**logs, "queue_filled": self.queue_filled()}, carry=(key_of_query, key_of_key))
+        return Output(first + second, {**logs, "queue_filled": self.queue_filled()}, carry=(keys_of_query, keys_of_key))
 
     def chance_level(self) -> float:
         """ln(K + 1) for each direction of the loss."""
         return math.log(len(self.queue) + 1) * (2 if self.config.symmetric else 1)
 
-    def _contrast(self, view: Tensor, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return info_nce(self.queries(view), key, self.queue, self.config.temperature)
+    def _contrast(self, view: Tensor, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return info_nce(self.queries(view), dist.own_rows(keys), self.queue, self.config.temperature)

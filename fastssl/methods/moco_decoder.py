@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastssl import dist
 from fastssl.losses import feature_std, info_nce
 from fastssl.methods.base import Method, Output, RunFacts, Views, require_roles
 from fastssl.methods.momentum import Encoder, MomentumConfig, MomentumMethod, unit_rows
@@ -83,14 +84,14 @@ class MocoDecoder(MomentumMethod):
     def forward(self, views: Views, step: int) -> Output:
         (query_view,), (key_view,) = views["query"], views["key"]
         code = self.encoder_q(query_view)
-        key = self.keys(key_view, step)
-        contrast, logs = info_nce(unit_rows(code), key, self.queue, self.config.temperature)
+        keys = self.keys(key_view, step)
+        contrast, logs = info_nce(unit_rows(code), dist.own_rows(keys), self.queue, self.config.temperature)
         error = reconstruction_error(
             self.decoder(code), query_view, _weight(views), self.config.empty_weight, self.config.reconstruction
         )
         loss = self.config.contrast_weight * contrast + self.config.reconstruction_weight * error
         parts = {"contrast": contrast.detach(), "reconstruction": error.detach(), "queue_filled": self.queue_filled()}
-        return Output(loss, {**parts, **logs}, carry=(key,))
+        return Output(loss, {**parts, **logs}, carry=(keys,))
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """(B, N, S, S) -> what the decoder makes of their codes, in the same units."""

@@ -4,14 +4,15 @@ He et al., arXiv:1911.05722. Departures from the authors' code, none of which ch
 - the queue is stored row-major (K, C) and wraps round, so that K need not be a multiple of the batch;
 - the key encoder moves before the query's forward instead of after it: the forward changes no parameter;
 - keys enter the queue after the optimiser step instead of before the backward: the loss saw the old queue either way;
-- the shuffle of a step is a pure function of (seed, step) instead of rank 0's broadcast.
+- the shuffle of a step is a pure function of (seed, step) instead of rank 0's broadcast;
+- it deals each rank's key images out to all ranks in equal parts, so that a rank receives B images instead of W * B
+  (`key_exchange`), and the keys of all ranks are gathered once, for the loss and the queue.
 Running statistics of the key encoder's batch norm are its own, neither copied nor averaged, as in the authors' code.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -37,6 +38,9 @@ class MomentumConfig:
                 "split": statistics over split_groups parts of the batch, the keys in another order than the queries
                 "sync": statistics over all ranks
                 "plain": neither
+    key_exchange    how the shuffle brings key images to other ranks. "deal": each rank sends an equal, random part of
+                its images to every rank, B images in and out; where W does not divide B, or if "gather", all ranks get
+                all W * B images and take a random B of them, as published. Without a shuffle no image travels
     """
 
     name: str
@@ -47,6 +51,7 @@ class MomentumConfig:
     head: Literal["none", "linear", "mlp"] = "mlp"
     batch_norm: Literal["shuffle", "split", "sync", "plain"] = "shuffle"
     split_groups: int = 8
+    key_exchange: Literal["deal", "gather"] = "deal"
 
     def __post_init__(self) -> None:
         require(self.dim >= 1, "method.dim", self.dim, "1 or more")
@@ -57,7 +62,7 @@ class MomentumConfig:
 
 
 class MomentumMethod(Method):
-    """Query encoder, key encoder, queue. A subclass has a forward whose `carry` is the keys to enqueue, a tuple."""
+    """Query encoder, key encoder, queue. A forward's `carry` is a tuple of what to enqueue: keys of all ranks."""
 
     own_buffers: ClassVar[tuple[str, ...]] = ("queue", "num_enqueued")
     queue: Tensor
@@ -67,7 +72,7 @@ class MomentumMethod(Method):
         super().__init__()
         self.seed = facts.seed
         self.images_per_epoch = facts.clock.steps_per_epoch * facts.clock.batch_size
-        self.momentum, self.batch_norm = config.momentum, config.batch_norm
+        self.momentum, self.batch_norm, self.key_exchange = config.momentum, config.batch_norm, config.key_exchange
         self.encoder_q = Encoder(backbone, config.dim, config.head)
         self._choose_batch_norm(config.split_groups)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
@@ -76,6 +81,9 @@ class MomentumMethod(Method):
 
     def backbone(self) -> nn.Module:
         return self.encoder_q.backbone
+
+    def encoders(self) -> list[nn.Module]:
+        return [self.encoder_q.backbone, self.encoder_k.backbone]
 
     def advice(self) -> list[str]:
         length, images = len(self.queue), self.images_per_epoch
@@ -93,11 +101,7 @@ class MomentumMethod(Method):
     @torch.no_grad()
     def after_step(self, output: Output) -> None:
         """Overwrite the oldest keys with those of all ranks, in rank order."""
-        self.enqueue_([dist.all_gather(part) for part in output.carry])
-
-    @torch.no_grad()
-    def enqueue_(self, keys_of_all_ranks: Sequence[Tensor]) -> None:
-        keys = torch.cat(list(keys_of_all_ranks)).to(self.queue.dtype)[-len(self.queue) :]
+        keys = torch.cat(output.carry).to(self.queue.dtype)[-len(self.queue) :]
         places = (self.num_enqueued + torch.arange(len(keys), device=keys.device)) % len(self.queue)
         self.queue.index_copy_(0, places, keys)
         self.num_enqueued += len(keys)
@@ -108,37 +112,44 @@ class MomentumMethod(Method):
 
     @torch.no_grad()
     def keys(self, view: Tensor, draw: int) -> Tensor:
-        """(B, C) unit keys of this rank's views, each encoded among companions other than its query's.
+        """(W * B, C) unit keys of all ranks' views in rank order, each encoded among companions not its query's.
 
         draw    number of the shuffle; equal on all ranks
         """
-        keys, shared = self._shuffled_keys(view, draw)
-        return keys.view(dist.world(), -1, keys.shape[1])[dist.rank()] if shared else keys
-
-    @torch.no_grad()
-    def keys_of_all_ranks(self, view: Tensor, draw: int) -> Tensor:
-        """(W * B, C) the same of all ranks in rank order, gathered once."""
-        keys, shared = self._shuffled_keys(view, draw)
-        return keys if shared else dist.all_gather(keys)
-
-    def shuffle(self, batch: int, draw: int, device: torch.device) -> tuple[Tensor, bool]:
-        """The order of shuffle `draw`, and whether it goes over all ranks (W * B images) or within this one (B)."""
-        shared = self.batch_norm == "shuffle" and dist.world() > 1
-        return dist.permutation(batch * (dist.world() if shared else 1), self.seed, draw).to(device), shared
-
-    def in_order(self, keys: Tensor, order: Tensor, shared: bool) -> Tensor:
-        """Undo a shuffle: rows `order` of the batch, or of all ranks' if it is shared, back to their own places."""
-        return (dist.all_gather(keys) if shared else keys)[order.argsort()]
-
-    def _shuffled_keys(self, view: Tensor, draw: int) -> tuple[Tensor, bool]:
-        """Unit keys in their own places, and whether they are those of all ranks."""
         if self.batch_norm not in ("shuffle", "split"):
-            return unit_rows(self.encoder_k(view)), False
-        order, shared = self.shuffle(len(view), draw, view.device)
-        images = dist.all_gather(view) if shared else view
-        mine = order.view(dist.world(), -1)[dist.rank()] if shared else order
-        keys = unit_rows(self.encoder_k(images[mine].contiguous(memory_format=_memory_format(view))))
-        return self.in_order(keys, order, shared), shared
+            return dist.all_gather(unit_rows(self.encoder_k(view)))
+        order = self.shuffle(len(view), draw, view.device)
+        images = self._images_that_fall_to_this_rank(view, order)
+        return self.in_order(unit_rows(self.encoder_k(images.contiguous(memory_format=_memory_format(view)))), order)
+
+    def shuffle(self, batch: int, draw: int, device: torch.device) -> Tensor:
+        """The order (W * B) in which shuffle `draw` lets all ranks' images be encoded, B by each rank.
+
+        With batch_norm "split" no image leaves its rank.
+        """
+        world = dist.world()
+        if self.batch_norm == "shuffle" and not self._deals(batch):
+            return dist.shuffled_places(world * batch, self.seed, draw, device)
+        inside = dist.shuffled_places(world * batch, self.seed, draw, device, parts=world)
+        if self.batch_norm == "split":
+            return inside
+        return inside.view(world, world, -1).transpose(0, 1).flatten()  # from (sender, receiver, rows)
+
+    def in_order(self, keys: Tensor, order: Tensor) -> Tensor:
+        """Keys (B, C) of the images order.view(W, B)[rank] -> those of all ranks (W * B, C) in their own places."""
+        return dist.all_gather(keys)[order.argsort()]
+
+    def _images_that_fall_to_this_rank(self, view: Tensor, order: Tensor) -> Tensor:
+        world, rank = dist.world(), dist.rank()
+        mine = order.view(world, -1)[rank]
+        if world == 1 or self.batch_norm == "split":
+            return view[mine - rank * len(view)]
+        if self._deals(len(view)):
+            return dist.all_to_all(view[order.view(world, world, -1)[:, rank].flatten() - rank * len(view)])
+        return dist.all_gather(view)[mine]
+
+    def _deals(self, batch: int) -> bool:
+        return self.key_exchange == "deal" and batch % dist.world() == 0
 
     def queue_filled(self) -> Tensor:
         """Share of the queue that holds keys of images instead of the random vectors it starts with."""

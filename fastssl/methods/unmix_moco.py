@@ -56,18 +56,18 @@ class UnmixMoco(MomentumMethod):
         (query_view,), (key_view,) = views["query"], views["key"]
         mixture = draw_mixture(self.config.mixing, self.seed, step, dist.rank())
         if not self.config.symmetric:
-            key = self.keys(key_view, step)
-            loss, logs = self._contrast(self.queries(query_view), *self._mixed(query_view, mixture), key)
-            return Output(loss, {**logs, "queue_filled": self.queue_filled()}, carry=(key,))
-        key_of_key, key_of_query = self.keys(key_view, 2 * step), self.keys(query_view, 2 * step + 1)
+            keys = self.keys(key_view, step)
+            loss, logs = self._contrast(self.queries(query_view), *self._mixed(query_view, mixture), keys)
+            return Output(loss, {**logs, "queue_filled": self.queue_filled()}, carry=(keys,))
+        keys_of_key, keys_of_query = self.keys(key_view, 2 * step), self.keys(query_view, 2 * step + 1)
         query, mixed = self.queries(query_view), self._mixed(query_view, mixture)
-        first, logs_1 = self._contrast(query, *mixed, key_of_key)
+        first, logs_1 = self._contrast(query, *mixed, keys_of_key)
         query = self.queries(key_view)
         if self.config.variant == "corrected":
             mixed = self._mixed(key_view, mixture)  # as many forwards as the authors', none of them twice the same
-        second, logs_2 = self._contrast(query, *mixed, key_of_query)
+        second, logs_2 = self._contrast(query, *mixed, keys_of_query)
         logs = {name: (logs_1[name] + logs_2[name]) / 2 for name in logs_1}
-        return Output(first + second, {**logs, "queue_filled": self.queue_filled()}, carry=(key_of_query, key_of_key))
+        return Output(first + second, {**logs, "queue_filled": self.queue_filled()}, carry=(keys_of_query, keys_of_key))
 
     def chance_level(self) -> float:
         """ln(K + 1) for the query and again for its mixture, in each direction of the loss."""
@@ -78,7 +78,8 @@ class UnmixMoco(MomentumMethod):
         images, lam = mix(view, mixture)
         return self.queries(images), lam
 
-    def _contrast(self, query: Tensor, mixed: Tensor, lam: float, key: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _contrast(self, query: Tensor, mixed: Tensor, lam: float, keys: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        key = dist.own_rows(keys)
         original, logs = info_nce(query, key, self.queue, self.config.temperature)
         mixture = mixture_info_nce(mixed, key, self.queue, lam, self.config.temperature)
         logs |= {"original_loss": original.detach(), "mixture_loss": mixture.detach()}

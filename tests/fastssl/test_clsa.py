@@ -175,7 +175,7 @@ def published_steps(method, steps, lr=0.1):
             if c.symmetric:
                 second = nrm(k(v["query"][0]))
                 if c.variant == "reference":
-                    second = second[dist.permutation(BATCH, method.seed, 2 * step).argsort()]
+                    second = second[dist.shuffled_places(BATCH, method.seed, 2 * step).argsort()]
                 keys.append(second)
         grid = [(x, keys[0]) for x in weak[: len(v["query"])]]
         if c.symmetric:
@@ -242,7 +242,7 @@ def test_second_keys_lie_beside_their_queries_in_the_corrected_form_only(seed, s
     same = views(5, {"key": [8]})["key"][0]
     batch = {"key": [same], "query": [same], "strong": [same]}
     sizes = {"key": [8], "query": [8], "strong": [8]}
-    order = dist.permutation(BATCH, seed, 2 * step)
+    order = dist.shuffled_places(BATCH, seed, 2 * step)
     in_place = (order == torch.arange(BATCH)).double().mean().item()
     for variant, second_half in (("corrected", 1.0), ("reference", in_place)):
         logs = clsa(seed, sizes, symmetric=True, variant=variant).eval()(batch, step).logs
@@ -286,7 +286,7 @@ def test_labels_follow_the_global_rank_unless_the_authors_slip_is_asked_for(monk
     monkeypatch.setattr(dist, "local_rank", lambda: 0)
     for variant, place in (("corrected", BATCH), ("reference", 0)):
         method = clsa(variant=variant).eval()
-        method.keys_of_all_ranks = lambda view, draw: keys
+        method.keys = lambda view, draw: keys
         queries = [method.queries(v) for v in views(0)["query"]]
         expected = oracle.loss(
             [q.detach().numpy() for q in queries], [], torch.cat([keys, method.queue]).numpy(), place, 0.2, 0.3

@@ -10,9 +10,9 @@ ROOT = "data.root=somewhere"
 
 def test_moco_v2_preset_holds_the_published_recipe():
     cfg = config.load([ROOT])
-    assert cfg.method | {"split_groups": 8} == {
+    assert cfg.method | {"split_groups": 8, "key_exchange": "deal"} == {
         "name": "moco", "dim": 128, "queue_length": 65536, "momentum": 0.999, "temperature": 0.2, "head": "mlp",
-        "symmetric": False, "batch_norm": "shuffle", "split_groups": 8,
+        "symmetric": False, "batch_norm": "shuffle", "split_groups": 8, "key_exchange": "deal",
     }  # fmt: skip
     assert (cfg.optim.lr, cfg.optim.momentum, cfg.optim.weight_decay, cfg.optim.schedule) == (0.03, 0.9, 1e-4, "cosine")
     query, key = cfg.view_specs()

@@ -226,8 +226,8 @@ def test_the_cifar_recipe_holds_the_published_values():
     cfg = config.load(["recipe=unmix_moco_cifar", "data.root=x"])
     assert cfg.method == {
         "name": "unmix_moco", "dim": 128, "queue_length": 4096, "momentum": 0.99, "temperature": 0.1, "head": "linear",
-        "symmetric": True, "batch_norm": "split", "split_groups": 8, "mixing": {"global_p": 0.5, "beta": 1.0},
-        "variant": "reference",
+        "symmetric": True, "batch_norm": "split", "split_groups": 8, "key_exchange": "deal",
+        "mixing": {"global_p": 0.5, "beta": 1.0}, "variant": "reference",
     }  # fmt: skip
     assert (cfg.encoder.name, cfg.encoder.stem, cfg.run.batch_size, cfg.run.duration) == (
         "resnet18",

@@ -13,7 +13,7 @@ from tests.fastssl import test_clsa, test_moco, test_moco_decoder, test_unmix_mo
 CLSA = {
     "clsa": {},
     "clsa_sym": {"symmetric": True, "enqueue": "both"},
-    "clsa_sym_reference": {"symmetric": True, "variant": "reference"},
+    "clsa_sym_reference": {"symmetric": True, "variant": "reference", "key_exchange": "gather"},
     "clsa_plain_bn": {"batch_norm": "plain", "merge_equal_sizes": True},
 }
 DECODER = {"lr": 1e-3}  # its reconstruction has a weight of 50
@@ -22,7 +22,7 @@ UNMIX = {"unmix": {}, "unmix_sym": {"symmetric": True, "variant": "corrected"}}
 
 def five_steps(method, views, lr=0.1):
     method.eval()
-    model = dist.wrap(method)
+    model = dist.wrap_method(method)
     trainable = [p for p in method.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trainable, lr=lr, momentum=0.9, weight_decay=1e-4)
     for step in range(5):

@@ -24,13 +24,13 @@ def my_part(views):
 
 def five_steps(kind):
     method = swav(freeze_prototypes="2steps", **SETTINGS[kind]).train(kind != "eval")
-    train_steps(method, 5, lambda step: my_part(views(step)), dist.wrap(method))
+    train_steps(method, 5, lambda step: my_part(views(step)), dist.wrap_method(method))
     return {"model": method.state_dict(), "queue": method.queue}
 
 
 def moco_steps():
     method = test_moco.moco(batch_norm="sync")
-    model = dist.wrap(method)
+    model = dist.wrap_method(method)
     optimizer = torch.optim.SGD(method.encoder_q.parameters(), lr=0.1, momentum=0.9)
     for step in range(5):
         method.before_step(step)

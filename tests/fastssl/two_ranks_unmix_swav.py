@@ -16,7 +16,7 @@ def five_steps(variant):
     def my_part(step):
         return {role: [crop[mine] for crop in crops] for role, crops in views(step).items()}
 
-    train_steps(method, 5, my_part, dist.wrap(method))
+    train_steps(method, 5, my_part, dist.wrap_method(method))
     return {"model": method.state_dict(), "queue": method.queue}
 
 
