@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fastssl.bench import record
 from fastssl.bench.record import Figure, Record
 from pipelines.backends import BACKENDS
@@ -112,11 +114,9 @@ class Data:
 
     def describe(self) -> dict[str, Any]:
         """Name, number and size of the images: what a reader has to know of them."""
-        from PIL import Image
-
         files = _files(self.folder)
         some = files[:: max(1, len(files) // 1000)]
-        sizes = sorted((width * height, f"{width}×{height}") for width, height in (Image.open(p).size for p in some))
+        sizes = sorted((width * height, f"{width}×{height}") for width, height in map(_size_px, some))
         name = self.folder.parent.name if self.folder.name == "train" else self.folder.name
         total = sum(path.stat().st_size for path in files)
         return {
@@ -311,6 +311,11 @@ def _peer_versions() -> dict[str, str]:
     """ "peer/package" -> version, as the requirements pin it and `prepare` installed it."""
     pins = (line.partition("==") for line in (PEERS / "requirements.txt").read_text().splitlines() if "==" in line)
     return {f"peer/{name}": version for name, _, version in pins}
+
+
+def _size_px(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size
 
 
 def _files(folder: Path) -> list[Path]:

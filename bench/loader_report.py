@@ -62,6 +62,9 @@ def draw(kept: Record, programs: Mapping[str, Program], views: Mapping[str, str]
 
 
 def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str) -> str:
+    names = sorted(_measured(kept, programs, views), key=lambda n: _figure(kept, views, n, "images_per_s").median)
+    if not names:
+        return ""
     lines = [
         f"### {title}",
         "",
@@ -70,7 +73,6 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
         "| program | images/s | CPU ms/image | × torchvision on Pillow | share of decode | first batch after |",
         "|---|---|---|---|---|---|",
     ]
-    names = sorted(_measured(kept, programs, views), key=lambda n: _figure(kept, views, n, "images_per_s").median)
     for name in names:
         ratio, share = (kept.figures.get(f"{views}/{name}/{key}") for key in ("ratio", "share_of_decode"))
         cells = [
@@ -82,7 +84,7 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
             f"{_figure(kept, views, name, 'start_s').median:.1f} s",
         ]
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) if names else ""
+    return "\n".join(lines)
 
 
 def _fidelity(kept: Record, programs: Mapping[str, Program]) -> str:

@@ -75,7 +75,8 @@ def pillow(image: Image.Image, name: str, parameter: Any) -> np.ndarray:
 
 
 def _difference(path: Path, name: str, parameter: Any, decode: Callable, operation: Callable) -> float:
-    wanted = pillow(Image.open(path).convert("RGB"), name, parameter)
+    with Image.open(path) as image:
+        wanted = pillow(image.convert("RGB"), name, parameter)
     made = np.asarray(operation(decode(path), parameter))
     assert made.dtype == np.uint8, f"{name} gave {made.dtype}"
     assert made.shape == wanted.shape, f"{name} gave {made.shape}, not {wanted.shape}"
@@ -86,12 +87,14 @@ def _in_pixels(path: Path, parameter: Any) -> Any:
     if not isinstance(parameter, tuple):
         return parameter
     (top, left, height, width), size = parameter
-    w, h = Image.open(path).size
+    with Image.open(path) as image:
+        w, h = image.size
     return (int(top * h), int(left * w), int(height * h), int(width * w)), size
 
 
 def _save_view(photo: Path, path: Path) -> Path:
     """A file, because some peers take nothing else. Its loss does not count: Pillow reads the same file."""
-    view = Image.open(photo).convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+    with Image.open(photo) as image:
+        view = image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     view.save(path, quality=95, subsampling=0)
     return path

@@ -24,18 +24,19 @@ def main(
     output: str,
     decode: Callable[[Path], Any] | None = None,
     operations: Mapping[str, Callable[[Any, Any], Any]] | None = None,
-    parser: argparse.ArgumentParser | None = None,
+    own: argparse.ArgumentParser | None = None,
 ) -> None:
     """The program of a peer.
 
     batches     options -> an endless iterator whose every item stands for options.batch images
     output      what a batch is made of, in words
     decode, operations      as `fidelity.errors` takes them; None where a peer has nothing to compare
-    parser      with arguments of the peer's own
+    own         arguments of the peer's own
     """
     document = sys.modules["__main__"].__doc__ or ""
-    parser = parser or argparse.ArgumentParser()
-    parser.description, parser.formatter_class = document, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        description=document, formatter_class=argparse.RawDescriptionHelpFormatter, parents=[own] if own else []
+    )
     parser.add_argument("--folder", type=Path, help="one sub-folder of images a class")
     parser.add_argument("--shards", type=Path, help="folder of shards that shard_tools packed")
     parser.add_argument("--views", choices=VIEWS, default="moco_v2")

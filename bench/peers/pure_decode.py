@@ -18,7 +18,8 @@ from bench.peers.measure import main
 def decode(path: Path):
     data = path.read_bytes()
     if not simplejpeg.is_jpeg(data):
-        return Image.open(path).convert("RGB")
+        with Image.open(path) as image:
+            return image.convert("RGB")
     return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
 
 

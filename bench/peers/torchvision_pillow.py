@@ -92,7 +92,8 @@ POOL = (
 
 
 def decode(path):
-    return Image.open(path).convert("RGB")
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 # The parts of `transform` with the parameter in place of the range.
