@@ -1,13 +1,14 @@
 """Where a loader's time goes: the same images through ever more of the chain, and what each addition costs.
 
 The stages of a backend are not timed from inside: they overlap, share loops, and differ between backends. Instead a
-ladder of loaders is built. The first only reads; the next makes one tiny view, so it decodes and does little else; then
-come the crops at their real sizes, the colour operations, the blur, the strong draws; the last hands over normalised
-floats, as the step wants them. All rungs see the same images and the same random numbers in a round, and whole batches
-from first byte to last pixel, so CPU time is counted to the end. A stage costs the difference of two rungs.
+ladder of loaders is built. The first only reads; the next shows each whole image in 16 x 16 px, so it decodes and does
+little else; then come the crops at their real sizes, the colour operations, the blur, the strong draws; the last makes
+of each batch the normalised floats that a step takes. All rungs see the same images and the same random numbers in a
+round, and whole batches from first byte to last pixel, so CPU time is counted to the end. A stage costs the difference
+of two rungs.
 
-Two consequences: a backend that decodes fewer pixels when every crop shrinks them does not do so for the tiny view, and
-a stage cheaper than the noise of the machine cannot be resolved; it is given as a bound, not as a number.
+Two consequences: a backend that decodes no further than its crops reach saves that in the stage "crop", and a stage
+cheaper than the noise of the machine cannot be resolved; it is given as a bound, not as a number.
 """
 
 from __future__ import annotations
@@ -57,6 +58,11 @@ class Stage:
     def resolved(self) -> bool:
         """Whether the stage showed in every round."""
         return self.cpu_ms.range[0] > 0
+
+    @property
+    def text(self) -> str:
+        """The median, or the bound where it is not resolved, in CPU-ms per image."""
+        return f"{self.cpu_ms.median:.2f}" if self.resolved else f"less than {self.bound_ms:.2f}"
 
     @property
     def bound_ms(self) -> float:
@@ -111,19 +117,21 @@ def stages(figures: Mapping[str, Figure]) -> list[Stage]:
 def limit(figures: Mapping[str, Figure], threads: int) -> str:
     """One sentence: what keeps the loader from being faster, and what the rest would allow."""
     ladder = stages(figures)
-    cpu_ms, wall_ms = (figures[f"rungs/{ladder[-1].name}/{clock}_ms_per_image"].median for clock in ("cpu", "wall"))
+    wall_ms = figures[f"rungs/{ladder[-1].name}/wall_ms_per_image"].median
     read_ms = figures["rungs/read/wall_ms_per_image"].median
     if read_ms > _STORAGE_SHARE * wall_ms:
         return (
             f"limit: storage, reading alone takes {read_ms:.2f} of {wall_ms:.2f} ms of wall time per image; put the"
             " shards on faster storage, or read ahead more with loader.prefetch"
         )
-    stage = max((s for s in ladder if s.resolved), key=lambda s: s.cpu_ms.median)
-    share = stage.cpu_ms.median / cpu_ms
+    *own, write_out = ladder
+    loader_ms = figures[f"rungs/{own[-1].name}/cpu_ms_per_image"].median
+    stage = max((stage for stage in own if stage.resolved), key=lambda stage: stage.cpu_ms.median)
     alone = threads * 1000 / stage.cpu_ms.median
     return (
-        f"limit: {stage.name}, {share:.0%} of {cpu_ms:.2f} CPU-ms per image; {threads} thread(s) that did nothing else"
-        f" would make {alone:.0f} images/s"
+        f"limit: {stage.name}, {stage.cpu_ms.median / loader_ms:.0%} of the loader's {loader_ms:.2f} CPU-ms per image;"
+        f" {threads} thread(s) that did nothing else would make {alone:.0f} images/s. The floats that the step takes"
+        f" cost {write_out.text} more"
     )
 
 
@@ -208,11 +216,12 @@ class _Ladder:
 
 
 def _tiny_view(spec: ViewSpec, bands: int) -> ViewSpec:
-    """One view that needs a whole decode and next to nothing else."""
+    """The whole image in one small view, which needs a whole decode and little else."""
     plain = AugmentSpec(flip_p=0.0, mean=spec.augment.mean, std=spec.augment.std)
     if bands:
         return ViewSpec(role="tiny", size=1, crop="turned", turn_deg=0.0, augment=plain)
-    return ViewSpec(role="tiny", size=16, scale=(0.002, 0.002), ratio=(1.0, 1.0), augment=plain)
+    # No window of all the area has a random aspect, so that the crop falls back to the image as it is.
+    return ViewSpec(role="tiny", size=16, scale=(1.0, 1.0), ratio=(0.01, 100.0), augment=plain)
 
 
 def _with_augment(specs: Sequence[ViewSpec], fields: Sequence[str]) -> list[ViewSpec]:

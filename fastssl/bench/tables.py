@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastssl.bench.compare import FASTER, SLOWER, Comparison
 from fastssl.bench.record import Figure, Record
-from fastssl.bench.stages import stages
+from fastssl.bench.stages import Stage, stages
 
 _STYLE = {FASTER: "green", SLOWER: "bold red"}
 _MAX_DIFFERENCES = 8  # lines above a comparison
@@ -72,21 +72,27 @@ def _rates(record: Record) -> Table:
 
 
 def _stages(record: Record) -> Table:
-    """What each stage adds; those that did not show in every round as a bound."""
+    """What each stage adds, those that did not show in every round as a bound; what the step pays, below the sum."""
     ladder = stages(record.figures)
     table = _table("stage", "CPU ms/image", "share", "wall ms/image")
     if not ladder:
         return table
-    total_cpu, total_wall = (_of(record, f"rungs/{ladder[-1].name}")[f"{c}_ms_per_image"] for c in ("cpu", "wall"))
-    for stage in ladder:
-        if stage.resolved:
-            share = f"{stage.cpu_ms.median / total_cpu.median:.0%}"
-            table.add_row(stage.name, spread(stage.cpu_ms), share, _number(max(0.0, stage.wall_ms.median), "ms"))
-        else:
-            table.add_row(stage.name, f"below {stage.bound_ms:.2f}, the spread", "", "", style="dim")
+    *own, write_out = ladder
+    loader = _of(record, f"rungs/{own[-1].name}")
+    total_ms = loader["cpu_ms_per_image"]
+    for stage in own:
+        _add_stage(table, stage, f"{stage.cpu_ms.median / total_ms.median:.0%}")
     table.add_section()
-    table.add_row("all, ready for the step", spread(total_cpu), "", _number(total_wall.median, "ms"))
+    table.add_row("loader", spread(total_ms), "100%", spread(loader["wall_ms_per_image"]))
+    _add_stage(table, write_out, "")
     return table
+
+
+def _add_stage(table: Table, stage: Stage, share: str) -> None:
+    if stage.resolved:
+        table.add_row(stage.name, spread(stage.cpu_ms), share, _number(max(0.0, stage.wall_ms.median), "ms"))
+    else:
+        table.add_row(stage.name, f"{stage.text}, the spread", "", "", style="dim")
 
 
 def _pack(record: Record) -> Table:
