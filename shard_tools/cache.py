@@ -16,7 +16,7 @@ import fcntl
 import hashlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shard_tools.disk import full_disk_explained, locked, partial_path
@@ -86,6 +86,11 @@ class ShardCache:
         """The shard's copy, fetched if need be; one that was there is not checked again, and may be evicted."""
         self.fetch(shard)
         return self._path(shard)
+
+    def touch(self, shards: Iterable[int]) -> None:
+        """The copies of these are in use: others are to make room before them."""
+        for shard in shards:
+            _touch(self._path(shard))
 
     def fetch(self, shard: int, *, wait: bool = True) -> None:
         """Have a copy of the shard, unless another process is at it and `wait` is not set. Raises ShardError."""

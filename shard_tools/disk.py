@@ -32,10 +32,16 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL)
 
 
-def put_in_place(path: Path) -> None:
-    """Rename the flushed partial file of `path` to `path`, durably."""
-    os.replace(partial_path(path), path)
+def put_in_place(path: Path, partial: Path | None = None) -> None:
+    """Rename the flushed `partial` (by default the partial file of `path`) to `path`, durably."""
+    os.replace(partial or partial_path(path), path)
     sync_folder(path.parent)
+
+
+def sync_file(path: Path) -> None:
+    """Make a file's content durable, whoever wrote it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

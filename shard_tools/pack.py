@@ -1,17 +1,23 @@
 """Images of a source become shards: one seeded shuffle of all, a strict decode of each, original bytes, resumable.
 
-Workers read, decode and (on request) shrink images in parallel but in order; this process cuts shards from the stream.
-Every file is written beside its place, flushed and renamed; after each shard the journal notes it, and the manifest
-comes last. The same source and options give the same bytes, however often the work was interrupted on the way.
+Workers read, decode and (on request) shrink images and write them; this process decides what makes a shard (see
+shards.py) and puts the shards in their place, in order. Every file is written beside its place, flushed and renamed;
+after each shard the journal notes it, and the manifest comes last. The same source and options give the same bytes,
+whoever does the work and however often it was interrupted on the way.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import socket
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,15 +27,17 @@ import numpy as np
 
 from shard_tools import disk, index, progress, tar
 from shard_tools.census import Census, counted, printable, readable, size_quantiles
-from shard_tools.images import BadImage, Facts, Prepared, Resize, prepare
+from shard_tools.engines import Engine, local
+from shard_tools.images import BadImage, Prepared, Resize, prepare
 from shard_tools.journal import JOURNAL_NAME, Journal
 from shard_tools.manifest import INDEX_NAME, LABELS_NAME, MANIFEST_NAME, Manifest, ShardError, splits
-from shard_tools.shards import Part, ShardCutter
+from shard_tools.shards import Cut, Part, Piece, PieceWriter, Rejected, ShardCutter, build, sample_of
 from shard_tools.sources import Item, Source
-from shard_tools.workers import in_order
 
 QUARANTINE_NAME = "quarantine.txt"
 _OVERHEAD_BYTES = 4 * tar.BLOCK + 256  # of a sample beyond its image: headers, label, metadata, index; for estimates
+_LEAST_TASK = 16  # images: fewer are not worth a task's cost
+_TASKS_PER_WORKER = 4  # so that the last of them leaves few workers idle
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,10 @@ class Interrupted(KeyboardInterrupt):
     """Ctrl-C during a pack; the message says how to continue."""
 
 
-def pack(source: Source, dst: Path, options: PackOptions) -> Packed:
-    """Write the shards of `source` to dst/<split>.
+def pack(
+    source: Source, dst: Path, options: PackOptions, engine: AbstractContextManager[Engine] | None = None
+) -> Packed:
+    """Write the shards of `source` to dst/<split>: the same bytes on any engine, by default options.workers processes.
 
     Raises ShardError for bad input, disk.DiskFull for a full disk (complete shards are kept), Interrupted on Ctrl-C.
     """
@@ -106,22 +116,31 @@ def pack(source: Source, dst: Path, options: PackOptions) -> Packed:
             _remove(folder, source)
         elif (folder / MANIFEST_NAME).exists():
             return Packed(_finished(dst, source.split, fingerprint, options), None, 0)
-        return _pack(source, items, dst, options, fingerprint)
+        try:
+            return _pack(source, items, dst, options, engine or local(options.workers), fingerprint)
+        finally:
+            _remove_partial(folder)
 
 
-def _pack(source: Source, items: list[Item], dst: Path, options: PackOptions, fingerprint: str) -> Packed:
+def _pack(
+    source: Source,
+    items: list[Item],
+    dst: Path,
+    options: PackOptions,
+    engine: AbstractContextManager[Engine],
+    fingerprint: str,
+) -> Packed:
     folder = dst / source.split
     _refuse_strangers(folder, source.split)
-    for leftover in folder.glob(f"*{disk.PARTIAL}"):
-        leftover.unlink()
+    _remove_partial(folder)
     with disk.full_disk_explained(folder, "complete shards are kept: make room and run the same command again"):
         journal = Journal(folder, fingerprint, options.on_bad)
         kept = len(journal.entries)
         rest = items[journal.entries[-1].consumed if kept else 0 :]
         _check_space(folder, rest, options)
         try:
-            with progress.shown(source.split, len(rest)) as bar:
-                _write_shards(source, rest, len(items), journal, options, bar)
+            with progress.shown(source.split, len(rest)) as bar, engine as running:
+                _write_shards(source, rest, len(items), journal, options, running, bar)
                 manifest = _finish(source, items, dst, options, fingerprint, journal)
         except KeyboardInterrupt:
             done = f"{counted(len(journal.entries), 'complete shard')} kept in {folder}"
@@ -176,6 +195,11 @@ def _fingerprint(source: Source, items: Sequence[Item], options: PackOptions) ->
     return digest.hexdigest()
 
 
+def _remove_partial(folder: Path) -> None:
+    for leftover in folder.glob(f"*{disk.PARTIAL}"):
+        leftover.unlink(missing_ok=True)
+
+
 def _remove(folder: Path, source: Source) -> None:
     """Delete what an earlier pack wrote to `folder`, the manifest first: without it the split is not there."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
@@ -224,31 +248,108 @@ def _check_space(folder: Path, items: Sequence[Item], options: PackOptions) -> N
 
 
 def _write_shards(
-    source: Source, rest: list[Item], num_items: int, journal: Journal, options: PackOptions, bar: progress.Progress
+    source: Source,
+    rest: list[Item],
+    num_items: int,
+    journal: Journal,
+    options: PackOptions,
+    engine: Engine,
+    bar: progress.Progress,
 ) -> None:
-    """Pack the items that are left, shard by shard, each noted in the journal when it is in place."""
-    cutter = ShardCutter(journal, source.split, options.shard_size, options.shard_bytes)
-    outcomes = in_order(partial(_prepare, source.read, options.resize), rest, options.workers)
+    """Pack the items that are left; each shard is noted in the journal when it is in place."""
+    folder = journal.path.parent.resolve()
+    cutter = ShardCutter(folder, source.split, journal.entries, options.shard_size, options.shard_bytes)
+    stream = _Stream(source, rest, num_items - len(rest), cutter, options, bar)
+    marker = disk.partial_path(folder / f"packing-{uuid.uuid4().hex}")
+    marker.touch()
     try:
-        for position, (item, outcome) in enumerate(zip(rest, outcomes), start=num_items - len(rest)):
-            if isinstance(outcome, Prepared):
-                cutter.add(_parts(source, item, outcome), item.label, outcome.facts, position)
-                cutter.census.add(item.name, outcome.original, reencoded=outcome.facts is not outcome.original)
-                bar.advance(len(outcome.payload))
-            else:
-                _add_bad(cutter, source, item, outcome, position, options.on_bad)
-                bar.advance(0)
-        cutter.close(num_items)
+        job = _Job(
+            folder,
+            marker,
+            source.read,
+            options.resize,
+            classes=source.classes or (),
+            labelled=source.classes is not None and not source.multi_label,
+            multi_label=source.multi_label,
+            keep_bad=options.on_bad == "keep",
+            probe=_probe(source, rest) if engine.is_remote else None,
+        )
+        pieces = engine.in_order(partial(_write_piece, job), stream.tasks(engine.width))
+        with closing(pieces), closing(engine.in_order(build, stream.cuts(pieces))) as built:
+            for shard in built:
+                path = folder / shard.entry.shard.name
+                disk.put_in_place(path, shard.tar)
+                disk.put_in_place(path.with_name(shard.entry.shard.idx_name), shard.idx)
+                journal.append(shard.entry)
+                stream.forget_pieces(shard.entry.consumed)
     finally:
-        outcomes.close()
-        cutter.discard()
+        marker.unlink(missing_ok=True)  # tells the workers to stop
     if cutter.num_rows == 0:
         raise ShardError(f"none of the {num_items} files of {source.split!r} is a usable image; check SRC")
     if cutter.census.bad:
         raise ShardError(f"the source of {source.split!r} changed since the interruption; start over with --overwrite")
 
 
-def _add_bad(cutter: ShardCutter, source: Source, item: Item, bad: _Rejected, position: int, on_bad: str) -> None:
+class _Stream:
+    """The source's items on their way into shards: as tasks to workers, and as pieces back to the cutter."""
+
+    def __init__(
+        self,
+        source: Source,
+        rest: list[Item],
+        first: int,
+        cutter: ShardCutter,
+        options: PackOptions,
+        bar: progress.Progress,
+    ):
+        self._source, self._rest, self._cutter, self._options, self._bar = source, rest, cutter, options, bar
+        self._first = first  # position in the source of the first item of `rest`
+        self._done = 0  # items of `rest` that the cutter has seen
+        self._pieces: deque[tuple[int, Path]] = deque()  # position behind the piece's last item, its file
+
+    def tasks(self, width: int) -> Iterator[_Task]:
+        """Runs of items, each a shard where no file is bad; a part of one where so few are left that workers idle."""
+        size, num_items = self._options.shard_size, len(self._rest)
+        most = size
+        if width > 1 and num_items < _TASKS_PER_WORKER * width * size:
+            most = min(size, max(_LEAST_TASK, -(-num_items // (_TASKS_PER_WORKER * width))))
+        given = 0
+        while given < num_items:
+            row = self._cutter.num_rows + given - self._done  # if all the files under way are good
+            count = min(most, size - row % size)
+            yield _Task(self._rest[given : given + count], row, hashed=most == size)
+            given += count
+
+    def cuts(self, pieces: Iterable[Piece]) -> Iterator[Cut]:
+        """The shards that the samples of `pieces` make."""
+        cutter = self._cutter
+        for piece in pieces:
+            offset = 0
+            self._pieces.append((self._first + self._done + len(piece.outcomes), piece.path))
+            for outcome in piece.outcomes:
+                item = self._rest[self._done]
+                sample = sample_of(outcome)
+                if sample is not None and cutter.is_full(sample) and (cut := cutter.cut(self._first + self._done)):
+                    yield cut
+                if isinstance(outcome, Rejected):
+                    _add_bad(cutter, item, outcome, piece, offset, self._options.on_bad)
+                else:
+                    cutter.add(outcome, piece, offset)
+                    reencoded = outcome.facts is not outcome.original
+                    cutter.census.add(item.name, outcome.original, reencoded)
+                offset += sample.num_bytes if sample is not None else 0
+                self._done += 1
+                self._bar.advance(sample.parts[0][1] if sample is not None else 0)
+        if cut := cutter.cut(self._first + self._done):
+            yield cut
+
+    def forget_pieces(self, consumed: int) -> None:
+        """Delete the pieces of which every item lies before `consumed`, those that became a shard apart."""
+        while self._pieces and self._pieces[0][0] <= consumed:
+            self._pieces.popleft()[1].unlink(missing_ok=True)
+
+
+def _add_bad(cutter: ShardCutter, item: Item, bad: Rejected, piece: Piece, offset: int, on_bad: str) -> None:
     """Leave a bad file out, pack it as it is, or raise ShardError, as `on_bad` says."""
     name = readable(item.name)
     if on_bad == "fail":
@@ -256,45 +357,109 @@ def _add_bad(cutter: ShardCutter, source: Source, item: Item, bad: _Rejected, po
             f"{printable(name)} is no good image ({bad.reason}); repair or remove it, or leave bad files out with"
             " --on-bad quarantine"
         )
-    if on_bad == "keep" and bad.facts is not None:
-        parts = _parts(source, item, Prepared(bad.data, bad.facts, bad.facts))
-        row = cutter.add(parts, item.label, bad.facts, position)
-        cutter.census.add_bad(name, bad.reason, "kept", row)
+    if bad.sample is not None:
+        cutter.census.add_bad(name, bad.reason, "kept", cutter.add(bad.sample, piece, offset))
     else:
         cutter.census.add_bad(name, bad.reason, "quarantined")
 
 
-@dataclass(frozen=True, slots=True)
-class _Rejected:
-    """A file that is not a good image; `facts` and `data` only where its header could be read."""
+@dataclass(frozen=True)
+class _Job:
+    """What a worker knows of a pack. `marker` is a file in `folder` that is there as long as the pack goes on.
 
-    reason: str
-    facts: Facts | None = None
-    data: bytes = b""
+    probe   an item that the process which plans can read; a worker on another machine must see it too
+    """
+
+    folder: Path
+    marker: Path
+    read: Callable[[Item], bytes]
+    resize: Resize | None
+    classes: tuple[str, ...]
+    labelled: bool
+    multi_label: bool
+    keep_bad: bool
+    probe: Item | None
 
 
-def _prepare(read: Callable[[Item], bytes], resize: Resize | None, item: Item) -> Prepared | _Rejected:
-    """In a worker: one item's bytes, decoded to the end and re-encoded on request."""
+@dataclass(frozen=True)
+class _Task:
+    """Items for one piece, the row of the first if none before it is left out, and whether it may become a shard."""
+
+    items: list[Item]
+    first_row: int
+    hashed: bool
+
+
+def _probe(source: Source, items: Sequence[Item]) -> Item | None:
+    """The first item that can be read here, of the first few."""
+    for item in items[:16]:
+        with contextlib.suppress(OSError, BadImage):
+            source.read(item)
+            return item
+    return None
+
+
+def _write_piece(job: _Job, task: _Task) -> Piece:
+    """In a worker: the items' images, checked and shrunk, as a tar."""
+    _check_sees(job)
+    piece = PieceWriter(job.folder, task.first_row, task.hashed)
+    try:
+        for number, item in enumerate(task.items):
+            if number % _LEAST_TASK == 0 and not job.marker.exists():
+                raise ShardError("the pack was stopped; run the same command again")
+            image, reason = _prepare(job.read, job.resize, item)
+            if image is None or (reason and not job.keep_bad):
+                piece.reject(reason)
+            else:
+                piece.add(_parts(job, item, image), item.label, image, reason)
+        return piece.close()
+    except BaseException:
+        piece.discard()
+        raise
+
+
+def _check_sees(job: _Job) -> None:
+    """Raises ShardError where this machine has not the source and the destination of the pack."""
+    if not job.marker.exists():
+        raise ShardError(
+            f"{socket.gethostname()} does not see {job.folder}, or the pack was stopped; mount DST under the same path"
+            " on every worker"
+        )
+    if job.probe is not None:
+        try:
+            job.read(job.probe)
+        except OSError as error:
+            raise ShardError(
+                f"{socket.gethostname()} cannot read {printable(readable(job.probe.name))} of SRC"
+                f" ({error.strerror or type(error).__name__}); mount SRC under the same path on every worker"
+            ) from None
+
+
+def _prepare(read: Callable[[Item], bytes], resize: Resize | None, item: Item) -> tuple[Prepared | None, str]:
+    """One item's image, decoded to the end and re-encoded on request, and what is bad about it, or "".
+
+    No image where not even the header could be read.
+    """
     try:
         data = read(item)
     except OSError as error:
-        return _Rejected(f"cannot be read ({error.strerror or type(error).__name__})")
+        return None, f"cannot be read ({error.strerror or type(error).__name__})"
     except BadImage as bad:
-        return _Rejected(str(bad))
+        return None, str(bad)
     try:
-        return prepare(data, resize)
+        return prepare(data, resize), ""
     except BadImage as bad:
-        return _Rejected(str(bad), bad.facts, data if bad.facts else b"")
+        return Prepared(data, bad.facts, bad.facts) if bad.facts else None, str(bad)
 
 
-def _parts(source: Source, item: Item, sample: Prepared) -> list[Part]:
+def _parts(job: _Job, item: Item, image: Prepared) -> list[Part]:
     """The members of one sample: image, label if there is one, metadata (with the labels where there are several)."""
-    meta: dict[str, Any] = {"name": readable(item.name), "width": sample.facts.width, "height": sample.facts.height}
-    parts = [(sample.facts.extension, sample.payload)]
-    if source.multi_label:
-        meta["labels"] = {name: value for name, value in zip(source.classes or (), item.labels) if value}
-    elif source.classes is not None:
-        meta["class"] = source.classes[item.label]
+    meta: dict[str, Any] = {"name": readable(item.name), "width": image.facts.width, "height": image.facts.height}
+    parts = [(image.facts.extension, image.payload)]
+    if job.multi_label:
+        meta["labels"] = {name: value for name, value in zip(job.classes, item.labels) if value}
+    elif job.labelled:
+        meta["class"] = job.classes[item.label]
         parts.append(("cls", b"%d" % item.label))
     meta.update(item.meta)
     return [*parts, ("json", json.dumps(meta).encode())]

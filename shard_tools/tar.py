@@ -58,6 +58,11 @@ def member(name: str, payload: bytes) -> bytes:
     return b"".join((header(name, len(payload)), payload, bytes(-len(payload) % BLOCK)))
 
 
+def member_bytes(size: int) -> int:
+    """Bytes that a member with a payload of `size` takes."""
+    return BLOCK + size + -size % BLOCK
+
+
 def members(path: Path) -> Iterator[Member]:
     """Every regular file of an uncompressed tar, in order; folders are passed over.
 

@@ -11,8 +11,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from itertools import islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shard_tools.manifest import ShardError
 
@@ -30,24 +31,41 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, chunk: in
     if workers <= 1:
         yield from map(work, items)
         return
-    # spawn: forked children would inherit the threads' locks of whoever imported us (torch, rich)
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(os.getpid(),))
     pending: deque[Future[list[R]]] = deque()
     try:
-        for piece in _chunks(iter(items), chunk):
-            pending.append(pool.submit(_work_on, work, piece))
-            if len(pending) >= _CHUNKS_AHEAD * workers:
+        with process_pool(workers) as pool:
+            for piece in _chunks(iter(items), chunk):
+                pending.append(pool.submit(_work_on, work, piece))
+                if len(pending) >= _CHUNKS_AHEAD * workers:
+                    yield from pending.popleft().result()
+            while pending:
                 yield from pending.popleft().result()
-        while pending:
-            yield from pending.popleft().result()
     except BrokenProcessPool:
         raise ShardError(
             "a worker process died, for want of memory or by a file that crashes its decoder; run the same command"
             " with --workers 1 to continue and to see which"
         ) from None
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end with this one, and that leave Ctrl-C to it; what waits is cancelled at the end."""
+    # spawn: forked children would inherit the threads' locks of whoever imported us (torch, rich)
+    pool = _Pool(workers, multiprocessing.get_context("spawn"), _start_worker, (os.getpid(),))
+    try:
+        yield pool
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Pool(ProcessPoolExecutor):
+    def submit(self, *args: Any, **kwargs: Any) -> Future:
+        """As its parent's, which starts the processes: they inherit that Ctrl-C is held, also while they import."""
+        held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _chunks(items: Iterator[T], size: int) -> Iterator[list[T]]:
@@ -60,7 +78,6 @@ def _work_on(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
 
 
 def _start_worker(parent: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 

@@ -71,7 +71,10 @@ def from_class_folders(kind: str, split: str, root: Path, folders: Sequence[str]
 
 def read_file(root: str, item: Item) -> bytes:
     """The item's file; of one that is too large for a member, one byte more than the limit."""
-    with open(os.path.join(root, item.name), "rb") as file:
+    with open(os.path.join(root, item.name), "rb", buffering=0) as file:
+        # told the size, read() need not make room for the largest image that may be
+        if os.fstat(file.fileno()).st_size <= MAX_MEMBER_BYTES:
+            return file.readall()
         return file.read(MAX_MEMBER_BYTES + 1)
 
 

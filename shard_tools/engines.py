@@ -1,0 +1,103 @@
+"""Where the work of a pack runs: in this process, in processes of this machine, or on a dask cluster."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TypeVar
+
+from shard_tools.manifest import ShardError
+from shard_tools.workers import process_pool
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_AHEAD = 2  # tasks under way per worker: one that runs, one that waits
+
+
+class Engine(Protocol):
+    """Runs tasks that read the source and write beside the shards; several `in_order` may interleave.
+
+    width       tasks that run at once
+    is_remote   tasks may run on machines that see other file systems than this one
+    """
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def is_remote(self) -> bool: ...
+
+    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+        """`map(work, tasks)`, a few tasks ahead; `work` and the tasks must be picklable. Raises ShardError."""
+        ...
+
+
+class Here:
+    """One task at a time in this process."""
+
+    width = 1
+    is_remote = False
+
+    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+        yield from map(work, tasks)
+
+
+class Processes:
+    """Processes of this machine."""
+
+    is_remote = False
+
+    def __init__(self, pool: ProcessPoolExecutor, width: int):
+        self._pool = pool
+        self.width = width
+
+    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+        try:
+            yield from ahead(lambda task: self._pool.submit(work, task), tasks, _AHEAD * self.width)
+        except BrokenProcessPool:
+            raise ShardError(
+                "a worker process died, for want of memory or by a file that crashes its decoder; run the same command"
+                " with --workers 1 to continue and to see which"
+            ) from None
+
+
+@contextmanager
+def local(workers: int) -> Iterator[Engine]:
+    """`workers` processes, or this one if 1."""
+    if workers == 1:
+        yield Here()
+        return
+    with process_pool(workers) as pool:
+        yield Processes(pool, workers)
+
+
+def on_cluster(scheduler: str) -> AbstractContextManager[Engine]:
+    """The dask.distributed cluster at `scheduler`; raises ShardError where dask is not installed."""
+    try:
+        from shard_tools.engines_dask import cluster
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] not in ("dask", "distributed"):
+            raise
+        raise ShardError(
+            "--engine dask needs dask.distributed; install it with `pip install 'fastssl-train[cluster]'`"
+        ) from None
+    return cluster(scheduler)
+
+
+def ahead(submit: Callable[[T], Any], tasks: Iterable[T], most: int) -> Generator[Any, None, None]:
+    """Results in the order of `tasks`, of which fewer than `most` are under way; `submit` returns a future."""
+    pending: deque[Any] = deque()
+    try:
+        for task in tasks:
+            pending.append(submit(task))
+            while pending and (len(pending) >= most or pending[0].done()):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
