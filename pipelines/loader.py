@@ -171,7 +171,8 @@ class Loader:
         if self._order == "global":  # its first batches touch every shard
             yield from (Stretch(0, shard) for shard in range(len(sizes)))
             return
-        opens, open_before, window_before = epoch * self._manifest.num_samples, 0, []
+        opens, open_before = epoch * self._manifest.num_samples, 0
+        window_before: list[int] = []
         for number in itertools.count(epoch):
             shards = shard_order(len(sizes), self._seed, number).tolist()
             for first in range(0, len(shards), self._window):
@@ -180,7 +181,7 @@ class Loader:
                 if closes > start:
                     pace = (opens - open_before) / (2 * len(window))
                     for i, shard in enumerate(window):
-                        yield Stretch(open_before + round(i * pace), shard, tuple(window_before))
+                        yield Stretch(open_before + round(i * pace), shard, (*window_before, *window[:i]))
                 opens, open_before, window_before = closes, opens, window
 
 

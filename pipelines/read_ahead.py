@@ -5,19 +5,30 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from shard_tools.cache import ShardCache
 from shard_tools.manifest import ShardError
 
 _DOWNLOADS = 4  # at once: one connection to an object store carries less than a disk
 
-Stretch = tuple[int, int]  # a place in the endless order of samples, and a shard
+
+@dataclass(frozen=True)
+class Stretch:
+    """A shard to be fetched once the reads have come to `place` in the endless order of samples.
+
+    beside  shards that are being read then, or wait for the same window, and must not make room for it
+    """
+
+    place: int
+    shard: int
+    beside: tuple[int, ...] = ()
 
 
 class ReadAhead:
     """Threads that download.
 
-    upcoming    (place, shard): the shard is fetched, after those before it, once the reads have come to `place`
+    upcoming    in the order in which they are fetched
     reached     where the reads begin
     Errors are left to the reads, which come to the same shard and name what they need it for.
     """
@@ -47,16 +58,16 @@ class ReadAhead:
             thread.join()
 
     def _run(self) -> None:
-        while (shard := self._take()) is not None:
+        while (stretch := self._take()) is not None:
             with contextlib.suppress(ShardError):
-                self._cache.fetch(shard, wait=False)
+                self._cache.touch(stretch.beside)
+                self._cache.fetch(stretch.shard, wait=False)
 
-    def _take(self) -> int | None:
-        """The next shard, as soon as it may be fetched; None at the end."""
+    def _take(self) -> Stretch | None:
+        """The next one, as soon as it may be fetched; None at the end."""
         with self._moved:
-            self._moved.wait_for(lambda: self._closed or self._next is None or self._next[0] <= self._reached)
+            self._moved.wait_for(lambda: self._closed or self._next is None or self._next.place <= self._reached)
             if self._closed or self._next is None:
                 return None
-            shard = self._next[1]
-            self._next = next(self._upcoming, None)
-            return shard
+            taken, self._next = self._next, next(self._upcoming, None)
+            return taken
