@@ -247,15 +247,14 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status behind an error of aiohttp, gcsfs, or botocore (which s3fs wraps)."""
+    """The HTTP status in an error of aiohttp or gcsfs, or in botocore's behind an error of s3fs."""
     for key in ("status", "code"):
         value = getattr(error, key, None)
         if isinstance(value, int) or (isinstance(value, str) and value.isdigit()):
             return int(value)
-    response = getattr(error, "response", None)
-    if isinstance(response, dict):
-        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return _status(error.__cause__) if error.__cause__ else None
+    # Of other causes none is asked: a body that was cut has one of code 400, the parser's own.
+    response = getattr(error.__cause__, "response", None)
+    return response.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(response, dict) else None
 
 
 def _cause(error: Exception) -> str:
