@@ -88,6 +88,13 @@ def programs() -> dict[str, Program]:
                 found[f"fastssl_{backend}{'_short' if suffix else ''}"] = Program(
                     f"fastssl, {backend}{suffix}", "fastssl_loader", ("--backend", backend), shards, True, every
                 )
+    found["fastssl_native_float32"] = Program(
+        "fastssl, native, float32 as the peers give",
+        "fastssl_loader",
+        ("--backend", "native", "--output", "float32"),
+        ours=True,
+        views=every,
+    )
     found[CEILING] = Program("libjpeg-turbo decode alone", "pure_decode", views=every)
     return found
 
