@@ -14,7 +14,7 @@ import json
 import os
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from shard_tools.manifest import Manifest, ShardError
 
 ORDERS = ("global", "window")
 WINDOW = 16
+_SHARDS_AHEAD = 4  # where samples are read once, in order
 FORMAT_VERSION = 1  # of what a step means; raised when the same settings would give other batches
 
 
@@ -223,7 +224,6 @@ def read_once(
     wanted = wanted[: limit or None]
     mine = wanted[len(wanted) * rank // world : len(wanted) * (rank + 1) // world]
     share = min(max(1, batch_size // world), max(1, len(mine)))
-    plan = ((step, epoch, mine[first : first + share]) for step, first in enumerate(range(0, len(mine), share)))
     renderer = Renderer(
         manifest,
         specs,
@@ -235,7 +235,7 @@ def read_once(
         depth=2,
         output=output,
     )
-    return _read_all(renderer, plan)
+    return _read_all(renderer, mine, share, epoch, manifest.index()["shard"])
 
 
 def check_batch_size(batch_size: int, world: int, num_samples: int, where: str) -> None:
@@ -307,13 +307,36 @@ def _fingerprint(**what: object) -> str:
     return hashlib.sha256(json.dumps({"version": FORMAT_VERSION, **what}, sort_keys=True).encode()).hexdigest()
 
 
-def _read_all(renderer: Renderer, plan: Iterable[Step]) -> Iterator[Batch]:
-    stream = _Stream(renderer.batches(plan))
+def _read_all(
+    renderer: Renderer, rows: Order, share: int, epoch: int, shard_of: npt.NDArray[np.uint32]
+) -> Iterator[Batch]:
+    """The batches of `rows`, `share` at a time; shards of a remote split are fetched _SHARDS_AHEAD."""
+    cache = renderer.reader.cache
+    ahead = ReadAhead(cache, _by_first_use(shard_of[rows]), 0) if cache else None
+
+    def plan() -> Iterator[Step]:
+        for step, first in enumerate(range(0, len(rows), share)):
+            if ahead is not None:
+                ahead.move_to(first)
+            yield step, epoch, rows[first : first + share]
+
+    stream = _Stream(renderer.batches(plan()))
     try:
         yield from stream
     finally:
+        renderer.reader.stop()
+        if ahead is not None:
+            ahead.close()
         stream.close()
         renderer.close()
+
+
+def _by_first_use(shards: npt.NDArray[np.uint32]) -> Iterator[Stretch]:
+    """The shards of samples that are read in this order, each due when the one _SHARDS_AHEAD of it is begun."""
+    found, first = np.unique(shards, return_index=True)
+    order = np.argsort(first)
+    due = [0] * _SHARDS_AHEAD + first[order].tolist()
+    yield from map(Stretch, due, found[order].tolist())
 
 
 class _Stream(Iterator[Batch]):

@@ -8,7 +8,7 @@ import itertools
 import os
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,10 +181,10 @@ def test_the_next_window_is_fetched_while_one_is_read(many, tmp_path):
                 next(batches)
             second = shard_order(len(many.shards), LOADER["seed"], 0)[window : 2 * window - 1].tolist()
             wanted = [manifest.root / manifest.shards[shard].name for shard in second]
-            arrived = threading.Event()
             for _ in range(200):
-                if all(path.is_file() for path in wanted) or arrived.wait(0.02):
+                if all(path.is_file() for path in wanted):
                     break
+                time.sleep(0.02)
             assert all(path.is_file() for path in wanted)
 
 
@@ -249,3 +249,20 @@ def test_reading_many_cached_shards_keeps_no_descriptor(many, tmp_path):
             [part.result() for part in reader.request(np.arange(61))]
         assert len(os.listdir("/proc/self/fd")) <= before
         reader.close()
+
+
+def test_what_is_read_once_is_fetched_ahead_and_shard_by_shard(many, tmp_path):
+    rows = np.arange(61)[::-1]
+    with serving(many.root.parent) as server:
+        manifest = Manifest.load(server.url, access=Access(cache=str(tmp_path / "cache")))
+        batches = read_once(manifest, EVAL, batch_size=3, backend="exact", threads=1, rows=rows)
+        assert next(batches).ids.tolist() == [60, 59, 58]
+        expected = {f"train-{number:06d}.tar" for number in range(20, 13, -1)}  # the batches ahead have begun four
+        for _ in range(200):
+            if expected <= server.sent.keys():
+                break
+            time.sleep(0.02)
+        assert expected <= server.sent.keys()
+        assert "train-000002.tar" not in server.sent
+        assert [i for batch in batches for i in batch.ids.tolist()] == rows[3:].tolist()
+    assert all(server.sent[shard.name] == shard.num_bytes for shard in many.shards)
