@@ -70,8 +70,8 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
         "",
         _conditions(kept) + "; medians, in brackets slowest and fastest round.",
         "",
-        "| program | images/s | CPU ms/image | × torchvision on Pillow | share of decode | first batch after |",
-        "|---|---|---|---|---|---|",
+        "| program | images/s | CPU ms/image | cores busy | × torchvision on Pillow | share of decode | first batch after |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in names:
         ratio, share = (kept.figures.get(f"{views}/{name}/{key}") for key in ("ratio", "share_of_decode"))
@@ -79,6 +79,7 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
             programs[name].label,
             _spread(_figure(kept, views, name, "images_per_s"), ".0f"),
             f"{_figure(kept, views, name, 'cpu_ms_per_image').median:.2f}",
+            f"{_figure(kept, views, name, 'cores_busy').median:.2f}",
             _spread(ratio, ".2f") if ratio else "",
             f"{share.median:.0%}" if share else "",
             f"{_figure(kept, views, name, 'start_s').median:.1f} s",

@@ -74,6 +74,7 @@ def test_a_round_has_rates_start_ratio_and_share_of_every_program(run):
         assert of["ratio"] == Figure("x", (rate / 100,) * 2)
         assert of["share_of_decode"] == Figure("x", (rate / 1000,) * 2)
         assert kept.figures[f"moco_v2/{name}/cpu_ms_per_image"].median == pytest.approx(2000 / rate)
+        assert kept.figures[f"moco_v2/{name}/cores_busy"].median == pytest.approx(2.0)
         assert all(0 < start < 20 for start in kept.figures[f"moco_v2/{name}/start_s"].rounds)
     assert kept.settings["images"] == 4
     assert kept.settings["data"] == "photos"
@@ -153,7 +154,7 @@ def test_the_report_says_what_the_record_holds(run, tmp_path, capsys):
     run("--steps", "fidelity", "rounds", "report", "--rounds", 2, "--views", "moco_v2")
     shown = capsys.readouterr().out
     row = next(line for line in shown.splitlines() if line.startswith("| the fastssl_native"))
-    assert "| 650 (650–650) | 3.08 | 6.50 (6.50–6.50) | 65% |" in row
+    assert "| 650 (650–650) | 3.08 | 2.00 | 6.50 (6.50–6.50) | 65% |" in row
     assert "| the fastssl_native | 0.25 |  |  |  |  | 7.00 |  |  |" in shown
     assert "SwAV" not in shown
     assert (tmp_path / "loader.png").read_bytes().startswith(b"\x89PNG")
