@@ -232,15 +232,13 @@ def run_round(
 
 
 def round_figures(views: str, results: Results) -> dict[str, tuple[str, float]]:
-    """figure -> (unit, value) of one round: the results, the cores that were kept busy (fewer than there are workers
-    says that a program waits, or that the machine was not idle), `ratio` to the baseline and `share_of_decode`, where
-    the round has these two."""
+    """figure -> (unit, value) of one round: the results, `ratio` to the baseline and `share_of_decode`, where the round
+    has these two."""
     figures: dict[str, tuple[str, float]] = {}
     for name, result in results.items():
         path = f"{views}/{name}"
         figures[f"{path}/images_per_s"] = ("images/s", result["images_per_s"])
         figures[f"{path}/cpu_ms_per_image"] = ("ms/image", result["cpu_ms_per_image"])
-        figures[f"{path}/cores_busy"] = ("cores", result["images_per_s"] * result["cpu_ms_per_image"] / 1000)
         figures[f"{path}/start_s"] = ("s", result["start_s"])
         for reference, key in ((BASELINE, "ratio"), (CEILING, "share_of_decode")):
             if reference in results:

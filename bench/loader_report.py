@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING
 
 from bench.peers.fidelity import PARAMETERS
@@ -70,7 +71,7 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
         "",
         _conditions(kept) + "; medians, in brackets slowest and fastest round.",
         "",
-        "| program | images/s | CPU ms/image | cores busy | × torchvision on Pillow | share of decode | first batch after |",
+        "| program | images/s | CPU ms/image | cores busy | × torchvision on Pillow | share of decode | first batch |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
@@ -79,7 +80,7 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
             programs[name].label,
             _spread(_figure(kept, views, name, "images_per_s"), ".0f"),
             f"{_figure(kept, views, name, 'cpu_ms_per_image').median:.2f}",
-            f"{_figure(kept, views, name, 'cores_busy').median:.2f}",
+            f"{_cores_busy(kept, views, name):.2f}",
             _spread(ratio, ".2f") if ratio else "",
             f"{share.median:.0%}" if share else "",
             f"{_figure(kept, views, name, 'start_s').median:.1f} s",
@@ -124,6 +125,12 @@ def _measured(kept: Record, programs: Mapping[str, Program], views: str) -> list
 
 def _figure(kept: Record, views: str, name: str, key: str) -> Figure:
     return kept.figures[f"{views}/{name}/{key}"]
+
+
+def _cores_busy(kept: Record, views: str, name: str) -> float:
+    """Fewer than there are workers: the program waits for something, or the machine was not idle."""
+    speed, cpu_ms = (_figure(kept, views, name, key).rounds for key in ("images_per_s", "cpu_ms_per_image"))
+    return median(s * ms / 1000 for s, ms in zip(speed, cpu_ms))
 
 
 def _spread(figure: Figure, form: str) -> str:
