@@ -3,8 +3,13 @@
     python -m bench.remote SHARDS bench/results/remote_NAME.json
 
 SHARDS is a packed data set of 16 shards or more. The server is a process of its own on the same cores, so that what it
-uses is taken from the loader. The cache of "shards" holds two windows and a shard, so that
-every epoch fetches every shard again.
+uses is taken from the loader. Measured after a warm-up of one epoch:
+
+    local       from the folder
+    kept        whole shards, in a cache that holds all of them
+    passing     whole shards, in a cache of two windows and a shard: every epoch fetches each of them again
+    near        the same from a server without latency: beside `passing`, what the latency itself costs
+    ranges      a request an image
 """
 
 from __future__ import annotations
@@ -27,12 +32,12 @@ from pipelines.views import ViewSpec
 from shard_tools.manifest import Manifest
 from shard_tools.remote import Access
 
-WARM_UP_STEPS = 2
+VARIANTS = ("local", "kept", "passing", "near", "ranges")
 
 
 @dataclass(frozen=True)
 class Result:
-    """first_batch_s: from opening the loader on an empty cache; images_per_s: after the warm-up steps."""
+    """first_batch_s: from opening the loader on an empty cache; images_per_s: after the warm-up."""
 
     images_per_s: float
     first_batch_s: float
@@ -51,10 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args(argv)
     specs = config.load(["method=moco_v2", "data.root=x", "run.dir=x"]).view_specs()
-    results: dict[str, list[Result]] = {"local": [], "shards": [], "ranges": []}
-    with _server(arguments.shards, arguments.latency_ms) as url:
+    results: dict[str, list[Result]] = {name: [] for name in VARIANTS}
+    with _server(arguments.shards, arguments.latency_ms) as distant, _server(arguments.shards, 0.0) as near:
         for _ in range(arguments.rounds):
             for name, rounds in results.items():
+                url = {"local": str(arguments.shards), "near": near}.get(name, distant)
                 rounds.append(_measure(name, url, specs, arguments))
     manifest = Manifest.load(arguments.shards)
     Record(
@@ -67,19 +73,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             "num_shards": len(manifest.shards),
             "num_bytes": sum(shard.num_bytes for shard in manifest.shards),
             "order": "window",
-            "cache_bytes": _cache_bytes(manifest, arguments.window),
+            "passing_cache_bytes": _cache_bytes(manifest, arguments.window),
         },
         versions=versions(("fastssl-train", "torch", "numpy", "fsspec", "aiohttp")),
     ).save(arguments.out)
 
 
 def _measure(name: str, url: str, specs: Sequence[ViewSpec], arguments: argparse.Namespace) -> Result:
-    local = Manifest.load(arguments.shards)
+    num_bytes = _cache_bytes(Manifest.load(arguments.shards), None if name == "kept" else arguments.window)
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
-        access = Access("ranges" if name == "ranges" else "shards", cache, _cache_bytes(local, arguments.window) / 1e9)
+        access = Access("ranges" if name == "ranges" else "shards", cache, num_bytes / 1e9)
         with Loader(
-            local if name == "local" else Manifest.load(url, access=access),
+            Manifest.load(url, access=access),
             specs,
             batch_size=arguments.batch,
             seed=0,
@@ -91,7 +97,7 @@ def _measure(name: str, url: str, specs: Sequence[ViewSpec], arguments: argparse
             batches = loader.batches()
             next(batches)
             first_batch_s = time.perf_counter() - began
-            for _ in itertools.islice(batches, WARM_UP_STEPS):
+            for _ in itertools.islice(batches, loader.steps_per_epoch):
                 pass
             began = time.perf_counter()
             for _ in itertools.islice(batches, arguments.steps):
@@ -100,8 +106,10 @@ def _measure(name: str, url: str, specs: Sequence[ViewSpec], arguments: argparse
     return Result(arguments.steps * arguments.batch / elapsed, first_batch_s)
 
 
-def _cache_bytes(manifest: Manifest, window: int) -> int:
-    return (2 * window + 1) * max(shard.num_bytes for shard in manifest.shards)
+def _cache_bytes(manifest: Manifest, window: int | None) -> int:
+    """Room for two windows and a shard; for all of them if `window` is None."""
+    num_shards = len(manifest.shards) if window is None else 2 * window + 1
+    return num_shards * max(shard.num_bytes for shard in manifest.shards)
 
 
 def _figures(results: dict[str, list[Result]]) -> dict[str, Figure]:
@@ -109,10 +117,13 @@ def _figures(results: dict[str, list[Result]]) -> dict[str, Figure]:
     for name, rounds in results.items():
         figures[f"{name}/images_per_s"] = Figure("images/s", tuple(r.images_per_s for r in rounds))
         figures[f"{name}/first_batch_s"] = Figure("s", tuple(r.first_batch_s for r in rounds))
-        if name != "local":
-            ratios = (ours.images_per_s / local.images_per_s for ours, local in zip(rounds, results["local"]))
-            figures[f"{name}/of_local"] = Figure("x", tuple(ratios))
+        figures[f"{name}/of_local"] = _ratio(rounds, results["local"])
+    figures["passing/of_near"] = _ratio(results["passing"], results["near"])
     return figures
+
+
+def _ratio(rounds: Sequence[Result], others: Sequence[Result]) -> Figure:
+    return Figure("x", tuple(one.images_per_s / other.images_per_s for one, other in zip(rounds, others)))
 
 
 @contextlib.contextmanager
