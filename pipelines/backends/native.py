@@ -60,12 +60,12 @@ class NativeBackend:
         self._scaled = decode == "scaled"
         self._images_per_task = min(_TASK_IMAGES, max(1, batch_size // threads))
         self._buffers = [_Buffers((batch_size, s.size, s.size, 3), self._device, depth) for s in self._specs]
-        self._strong = [_strong_numbers(spec.size) for spec in self._specs]
+        self._strong = [strong_numbers(spec.size) for spec in self._specs]
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fastssl-render")
-        self._jobs: deque[tuple[_Work, list[Future[None]]]] = deque()
+        self._jobs: deque[tuple[Work, list[Future[None]]]] = deque()
 
     def submit(self, job: Job) -> None:
-        work = _Work(job, self._specs, [buffers.take(len(job.images)) for buffers in self._buffers], self._strong)
+        work = Work(job, self._specs, [buffers.take(len(job.images)) for buffers in self._buffers], self._strong)
         starts = range(0, len(job.images), self._images_per_task)
         parts = [range(start, min(start + self._images_per_task, len(job.images))) for start in starts]
         self._jobs.append((work, [self._pool.submit(self._render, work, part) for part in parts]))
@@ -82,7 +82,7 @@ class NativeBackend:
         view = view.to(self._device, non_blocking=True)
         return view if self._dtype == torch.uint8 else normalize(view, spec.augment.mean, spec.augment.std, self._dtype)
 
-    def _render(self, work: _Work, part: range) -> None:
+    def _render(self, work: Work, part: range) -> None:
         self._kernel.render_files(work.files, work.num_bytes, part, work.views, self._scaled, work.done)
         faults: dict[int, str] = {}
         for i in part:
@@ -91,7 +91,7 @@ class NativeBackend:
         if faults:
             raise DecodeError(faults)
 
-    def _render_by_pillow(self, work: _Work, i: int) -> None:
+    def _render_by_pillow(self, work: Work, i: int) -> None:
         image = pillow.decode(work.job, i)
         planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
         done = self._kernel.render_pixels(planes, i, work.views)
@@ -101,7 +101,7 @@ class NativeBackend:
             raise pillow.other_size(work.job, i, image)
 
 
-class _Work:
+class Work:
     """A job in the form that the kernel takes, and all that must stay alive while it runs."""
 
     def __init__(
@@ -162,7 +162,7 @@ class _Buffers:
 
 
 @functools.cache
-def _strong_numbers(size: int) -> npt.NDArray[np.float64]:
+def strong_numbers(size: int) -> npt.NDArray[np.float64]:
     """(operations, levels, 2 directions, 6): what the kernel needs to know of each strong operation.
 
     A factor, a number of bits or a threshold in the first place, or the six numbers of an affine transform: the centre

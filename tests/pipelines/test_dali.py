@@ -20,10 +20,12 @@ from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import Backend, DecodeError, Job, make
 from pipelines.draw import draw_view
+from pipelines.native import kernel
 from pipelines.views import ViewSpec, flatten, normalize
 from tests.shards import encode
 
 pytest.importorskip("nvidia.dali")
+from pipelines.backends.dali.colour_on_cpu import ColourOnCpu
 
 MOCO_V1 = AugmentSpec(
     jitter_p=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, grayscale_p=0.2, grayscale_first=True
@@ -260,6 +262,22 @@ def test_strong_draws_of_a_view_are_done_in_their_order(photos: list[Image.Image
     (view,), (exact,) = render([spec], job), render([spec], job, "exact")
     assert torch.equal(view, exact)
     assert len(torch.unique(view, dim=0)) == 4  # only solarize and translate_x commute, when one follows the other
+
+
+def test_the_compiled_kernel_and_numpy_make_the_same_of_the_same_crops(photos: list[Image.Image]) -> None:
+    if why_not := kernel.why_not():
+        pytest.skip(why_not)
+    spec = ViewSpec("a", 40, augment=replace(CLSA, solarize_p=0.5))
+    crops = np.stack([np.asarray(photos[i % len(photos)].resize((40 + i, 40 + i)))[i:, i:] for i in range(24)])
+    sizes = np.full(24, 40)
+    draws = draw_view(spec, 0, 7, 0, np.arange(24), sizes, sizes)
+    made = []
+    for compiled in (True, False):
+        colour = ColourOnCpu([spec], 2, "uint8", compiled=compiled)
+        made += colour([torch.from_numpy(crops.copy())], [draws])
+        colour.close()
+    assert (made[0] != made[1]).float().mean() < 1e-3  # the kernel's hue may round otherwise
+    assert mean_difference(made[0], torch.from_numpy(crops).permute(0, 3, 1, 2)) > 10
 
 
 BAD_FILES = {
