@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,14 @@ from tests.shards import encode, write_split
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # CC0 or public domain, inside the wheel
 NUM_SAMPLES = 61  # odd, so that every batch size leaves a tail
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test takes loader settings that `fastssl-bench mode=tune` found for whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTSSL_TUNED", str(tmp_path_factory.mktemp("untuned")))
+        yield
 
 
 @pytest.fixture
