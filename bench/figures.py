@@ -27,7 +27,7 @@ from fastssl.bench.record import Figure, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("README.md", "docs/*.md", "bench/*.md", "bench/peers/*.md")
-_BLOCK = re.compile(r"^<!-- figures: (?P<head>.+) -->\n(?P<body>.*?)^<!-- end figures -->$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(r"^<!-- figures: (?P<head>[^\n]+) -->\n(?P<body>.*?)^<!-- end figures -->$", re.MULTILINE | re.DOTALL)
 _MARKER = re.compile(r"^<!-- (figures:.*|end figures) -->$", re.MULTILINE)
 
 
