@@ -4,7 +4,7 @@
     python -m bench.loader --data IMAGEFOLDER --steps prepare fidelity     the peers' environment, shards, pixel errors
     python -m bench.loader --data IMAGEFOLDER --steps rounds --views swav --rounds 1 --append
                                                one round more, where a machine is idle for minutes only
-    python -m bench.loader --data IMAGEFOLDER --steps report --append      tables and figure again
+    python -m bench.loader --data IMAGEFOLDER --steps report               tables and figure again
 
 A peer is a program of its own in `bench/peers/`, in an environment of its own (`bench/peers/.venv`, made here). A round
 starts every program anew, one at a time, and begins with another one than the round before; a program warms up, then
@@ -175,7 +175,10 @@ def _run(options: argparse.Namespace, chosen: Mapping[str, Program]) -> None:
         versions=record.versions() | _peer_versions(),
     )
     path = options.out or default_path(fresh)
-    kept = continued(path, fresh) if options.append and path.exists() else fresh
+    if set(options.steps) == {"report"}:
+        kept = Record.load(path)  # which may be of another machine or commit
+    else:
+        kept = continued(path, fresh) if options.append and path.exists() else fresh
     if "fidelity" in options.steps:
         kept = _measure_fidelity(kept, chosen, data)
         kept.save(path)

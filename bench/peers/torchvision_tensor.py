@@ -1,7 +1,7 @@
 """torchvision v2 on uint8 tensors in a DataLoader: decoded by torchvision.io, one decode for all views.
 
-Differs: torchvision's tensor blur has a fixed width, here 13 px (3 sigma at the largest sigma); hue and contrast are
-computed in floating point, so that they round where Pillow truncates.
+Differs: torchvision's tensor blur has a fixed width, here 13 px (3 sigma at the largest sigma); luma is truncated to a
+whole grey where Pillow rounds it, and hue is turned in floating point instead of 8-bit HSV.
 """
 
 import torch

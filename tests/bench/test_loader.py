@@ -159,6 +159,17 @@ def test_the_report_says_what_the_record_holds(run, tmp_path, capsys):
     assert (tmp_path / "loader.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_report_of_another_machines_record_needs_no_measuring(run, tmp_path, capsys):
+    _, kept = run("--steps", "rounds", "--rounds", 1, "--views", "swav")
+    dataclasses.replace(kept, commit="0123456789", machine={**kept.machine, "cpu": "another"}).save(
+        tmp_path / "results" / "loader.json"
+    )
+    code, after = run("--steps", "report")
+    assert code == 0
+    assert after.commit == "0123456789"
+    assert "another, " in capsys.readouterr().out
+
+
 def test_a_record_without_rounds_has_no_figure(tmp_path):
     settings = {"data": "d", "images": 1, "median_size_px": "1×1", "kilobytes_per_image": 1}
     empty = Record("what", "command", {}, settings)
