@@ -102,6 +102,8 @@ static int read_planes(decoder_t *d, image_t *image, int last_row) {
         image->pitch[c] = (own->width_in_blocks + own->h_samp_factor) * block_px + MARGIN;
         first[c] = total;
         total += image->pitch[c] * num_blocks * rows_a_block[c] + MARGIN;
+        const int there = (int)(num_blocks * rows_a_block[c]);
+        image->height[c] = image->height[c] < there ? image->height[c] : there;
     }
     uint8_t *memory = reserve(&d->buffer, total);
     if (!memory) return NO_MEMORY;

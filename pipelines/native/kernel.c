@@ -11,11 +11,17 @@ typedef struct { /* one a thread */
     render_f *render;
 } worker_t;
 
+#ifdef __SANITIZE_ADDRESS__
+enum { EXACT = 1 }; /* so that the first byte behind what was asked for is watched */
+#else
+enum { EXACT = 0 };
+#endif
+
 void *reserve(scratch_t *scratch, size_t num_bytes) {
-    if (num_bytes > scratch->num_bytes) {
+    if (num_bytes > scratch->num_bytes || EXACT) {
         free(scratch->block);
-        scratch->num_bytes = num_bytes + num_bytes / 4; /* so that ever larger images do not ask each time */
-        scratch->block = aligned_alloc(64, (scratch->num_bytes + 63) / 64 * 64);
+        scratch->num_bytes = EXACT ? num_bytes : num_bytes + num_bytes / 4; /* ever larger images ask less often */
+        scratch->block = malloc(scratch->num_bytes);
         if (!scratch->block) scratch->num_bytes = 0;
     }
     return scratch->block;

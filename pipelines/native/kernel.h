@@ -15,7 +15,7 @@ enum { GRAY, YCC, RGB }; /* what the planes of an image mean */
 typedef struct {
     const uint8_t *plane[3];
     int32_t pitch[3];                  /* bytes from row to row */
-    int32_t width[3], height[3];       /* px of each plane that hold image */
+    int32_t width[3], height[3];       /* px of each plane that were decoded */
     int32_t meaning, sub_x, sub_y, shrink;
     int32_t whole_width, whole_height; /* px of the image as stored in the file */
 } image_t;

@@ -113,7 +113,7 @@ def test_the_window_order_is_followed(tiny_files, tmp_path):
 
 
 def test_a_batch_is_what_torchvision_makes_of_its_draws(manifest, tiny_files):
-    first, second = take(manifest, 2)
+    first, second = take(manifest, 2, backend="exact")
     permuted = []
     for batch in (first, second):
         ids = batch.ids.tolist()
