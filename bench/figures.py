@@ -27,7 +27,9 @@ from fastssl.bench.record import Figure, Record
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACES = ("README.md", "docs/*.md", "bench/*.md", "bench/peers/*.md")
-_BLOCK = re.compile(r"^<!-- figures: (?P<head>[^\n]+) -->\n(?P<body>.*?)^<!-- end figures -->$", re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r"^<!-- figures: (?P<head>[^\n]+) -->\n(?P<body>.*?)^<!-- end figures -->$", re.MULTILINE | re.DOTALL
+)
 _MARKER = re.compile(r"^<!-- (figures:.*|end figures) -->$", re.MULTILINE)
 
 
@@ -45,19 +47,22 @@ def main(argv: Sequence[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a block is stale")
     check = parser.parse_args(argv).check
-    stale = []
+    stale, failed = [], False
     for path in documents(root):
         text = path.read_text()
         try:
             fresh = rewritten(text, root)
         except ValueError as error:
             print(f"error: {path.relative_to(root)}: {error}", file=sys.stderr)
-            return 2
+            failed = True
+            continue
         if fresh == text:
             continue
         stale.append(str(path.relative_to(root)))
         if not check:
             path.write_text(fresh)
+    if failed:
+        return 2
     if stale and check:
         print(f"figures are stale in {', '.join(stale)}; run python -m bench.figures", file=sys.stderr)
         return 1
