@@ -94,7 +94,7 @@ def evaluate_published(task: Task, settings: ProtocolSettings) -> Report:
     with Loader(
         task.train, [training], batch_size=settings.batch_size, seed=cfg.run.seed, rank=dist.rank(), world=dist.world(),
         backend=cfg.loader.backend, device=str(task.device), threads=cfg.loader.threads,
-        prefetch=cfg.loader.batches_ahead, output="uint8", order=cfg.loader.order,
+        prefetch=cfg.loader.batches_ahead, output="uint8", order=cfg.loader.order, window=cfg.loader.window,
     ) as loader:  # fmt: skip
         result = train_linear(
             backbone, loader, test, num_classes=task.num_classes, protocol=settings, device=task.device,
