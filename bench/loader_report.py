@@ -71,7 +71,7 @@ def _speed(kept: Record, programs: Mapping[str, Program], views: str, title: str
         "",
         _conditions(kept) + "; medians, in brackets slowest and fastest round.",
         "",
-        "| program | images/s | CPU ms/image | cores busy | × torchvision, Pillow | of decode (originals) | first batch |",
+        "| program | images/s | CPU ms/image | cores busy | × torchvision | of decode (originals) | first batch |",
         "|---|---|---|---|---|---|---|",
     ]
     for name in names:
