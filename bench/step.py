@@ -53,7 +53,8 @@ class Form:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = _parser().parse_args(given)
     base = [
         f"method={arguments.method}", f"encoder={arguments.encoder}", f"run.batch_size={arguments.batch}",
         f"data.root={arguments.data}", "run.device=cpu",
@@ -66,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = _batches(cfg, arguments.rounds + 1)
     contestants = {"published": published(cfg, lr), **{name: ours(c, lr) for name, c in configs.items()}}
     seconds, losses = interleaved(contestants, batches)
-    figures = _figures(arguments.method, seconds, losses)
+    figures = _figures(arguments.method, seconds, losses) | arithmetic_rates(arguments.rounds)
     record = Record(
         what="one optimiser step in its published form and in ours, from the same weights on the same views",
-        command=f"python -m bench.step {shlex.join(sys.argv[1:] if argv is None else argv)}",
+        command=shlex.join(["python", "-m", "bench.step", *("SHARDS" if a == arguments.data else a for a in given)]),
         figures=figures,
         settings={
             "method": arguments.method,
@@ -106,6 +107,21 @@ def interleaved(
             if number:
                 seconds[name].append(time.perf_counter() - began)
     return seconds, losses
+
+
+def arithmetic_rates(rounds: int, side: int = 3072) -> dict[str, Figure]:
+    """What the machine makes of a large matrix product: a step of convolutions cannot gain more than their ratio."""
+    rates: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
+    for _ in range(rounds):
+        for dtype, values in rates.items():
+            a = torch.ones(side, side, dtype=dtype)
+            a @ a  # warms up
+            began = time.perf_counter()
+            a @ a
+            values.append(2e-9 * side**3 / (time.perf_counter() - began))
+    figures = {f"matmul/{str(d).removeprefix('torch.')}": Figure("GFLOP/s", tuple(v)) for d, v in rates.items()}
+    ratios = tuple(half / full for full, half in zip(*rates.values()))
+    return {**figures, "matmul/bfloat16_over_float32": Figure("x", ratios)}
 
 
 def ours(cfg: Config, lr: float) -> Form:
@@ -147,10 +163,11 @@ def draw_losses(losses: Mapping[str, Sequence[float]], title: str, path: Path) -
 
     canvas = Canvas(figsize=(6.4, 3.6), dpi=90, layout="constrained")
     above, below = canvas.subplots(2, 1, sharex=True, height_ratios=[2, 1])
-    for name, values in losses.items():
-        above.plot(values, label=name, linestyle="-" if name == "published" else "--")
+    for number, (name, values) in enumerate(losses.items()):
+        style = {"color": f"C{number}", "linestyle": "--" if number else "-", "label": name}
+        above.plot(values, **style)
         if name != "published":
-            below.plot([a - b for a, b in zip(values, losses["published"])], "--", label=name)
+            below.plot([a - b for a, b in zip(values, losses["published"])], **style)
     above.set(ylabel="loss", title=title)
     above.legend()
     below.set(ylabel="difference", xlabel="step")
