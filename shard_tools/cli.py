@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +17,7 @@ from shard_tools import info
 from shard_tools.adopt import AdoptOptions, adopt
 from shard_tools.census import counted, table
 from shard_tools.disk import DiskFull
+from shard_tools.engines import Engine, local, on_cluster
 from shard_tools.extract import extract
 from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
@@ -82,15 +84,27 @@ def _pack(args: argparse.Namespace) -> int:
         subset=None if args.subset_file is None else _names(args.subset_file, "--subset-file"),
         overwrite=args.overwrite,
     )
+    if args.engine == "dask" and args.source != "demo":
+        args.src = os.path.abspath(args.src)  # workers have other working directories
     splits = [args.split] if args.split else _splits(args)
     for split in splits:
         _check_split(split)
     opened = [
         _source(args, split) for split in splits
     ]  # all of them, so that a wrong one is said before the first is packed
-    report = [line for source in opened for line in _report(pack(source, args.dst, options))]
+    report = [line for source in opened for line in _report(pack(source, args.dst, options, _engine(args)))]
     print("\n".join(report))
     return 0
+
+
+def _engine(args: argparse.Namespace) -> AbstractContextManager[Engine]:
+    if args.engine == "local":
+        if args.scheduler is not None:
+            raise ShardError("--scheduler only matters to --engine dask; add that, or leave --scheduler out")
+        return local(args.workers)
+    if args.scheduler is None:
+        raise ShardError("--engine dask needs --scheduler ADDRESS, such as tcp://10.0.0.1:8786")
+    return on_cluster(args.scheduler)
 
 
 def _splits(args: argparse.Namespace) -> Sequence[str]:
@@ -323,6 +337,9 @@ def _add_pack_options(parser: argparse.ArgumentParser) -> None:
     add("--on-bad", default="fail", choices=("fail", "quarantine", "keep"), help=bad)
     add("--overwrite", action="store_true", help="remove an earlier pack of this split from DST first")
     _add_workers(parser)
+    engine = "local: --workers processes (default); dask: the workers of a dask.distributed cluster that share SRC, DST"
+    add("--engine", default="local", choices=("local", "dask"), help=engine)
+    add("--scheduler", metavar="ADDRESS", help="of the dask cluster, such as tcp://10.0.0.1:8786")
 
 
 def _add_verify(commands: Any) -> None:

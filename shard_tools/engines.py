@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
@@ -16,6 +16,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 _AHEAD = 2  # tasks under way per worker: one that runs, one that waits
+_FLUSHING_THREADS = 4
 
 
 class Engine(Protocol):
@@ -31,8 +32,13 @@ class Engine(Protocol):
     @property
     def is_remote(self) -> bool: ...
 
-    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
-        """`map(work, tasks)`, a few tasks ahead; `work` and the tasks must be picklable. Raises ShardError."""
+    def in_order(
+        self, work: Callable[[T], R], tasks: Iterable[T], idle: Callable[[T], bool] | None = None
+    ) -> Generator[R, None, None]:
+        """`map(work, tasks)`, a few tasks ahead; `work` and the tasks must be picklable. Raises ShardError.
+
+        idle    tells tasks that only wait for the disk, for which no core need be kept
+        """
         ...
 
 
@@ -42,7 +48,9 @@ class Here:
     width = 1
     is_remote = False
 
-    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+    def in_order(
+        self, work: Callable[[T], R], tasks: Iterable[T], idle: Callable[[T], bool] | None = None
+    ) -> Generator[R, None, None]:
         yield from map(work, tasks)
 
 
@@ -51,13 +59,18 @@ class Processes:
 
     is_remote = False
 
-    def __init__(self, pool: ProcessPoolExecutor, width: int):
-        self._pool = pool
+    def __init__(self, pool: ProcessPoolExecutor, threads: ThreadPoolExecutor, width: int):
+        self._pool, self._threads = pool, threads
         self.width = width
 
-    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+    def in_order(
+        self, work: Callable[[T], R], tasks: Iterable[T], idle: Callable[[T], bool] | None = None
+    ) -> Generator[R, None, None]:
+        def submit(task: T) -> Future[R]:
+            return (self._threads if idle and idle(task) else self._pool).submit(work, task)
+
         try:
-            yield from ahead(lambda task: self._pool.submit(work, task), tasks, _AHEAD * self.width)
+            yield from ahead(submit, tasks, _AHEAD * self.width)
         except BrokenProcessPool:
             raise ShardError(
                 "a worker process died, for want of memory or by a file that crashes its decoder; run the same command"
@@ -71,8 +84,8 @@ def local(workers: int) -> Iterator[Engine]:
     if workers == 1:
         yield Here()
         return
-    with process_pool(workers) as pool:
-        yield Processes(pool, workers)
+    with process_pool(workers) as pool, ThreadPoolExecutor(_FLUSHING_THREADS) as threads:
+        yield Processes(pool, threads, workers)
 
 
 def on_cluster(scheduler: str) -> AbstractContextManager[Engine]:

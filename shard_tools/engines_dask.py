@@ -41,7 +41,9 @@ class Cluster:
     def width(self) -> int:
         return max(1, sum(self._client.nthreads().values()))
 
-    def in_order(self, work: Callable[[T], R], tasks: Iterable[T]) -> Generator[R, None, None]:
+    def in_order(
+        self, work: Callable[[T], R], tasks: Iterable[T], idle: Callable[[T], bool] | None = None
+    ) -> Generator[R, None, None]:
         call = partial(_on_worker, VERSIONS, work)
         try:
             yield from ahead(lambda task: self._client.submit(call, task, pure=False), tasks, _AHEAD * self.width)

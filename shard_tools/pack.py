@@ -31,7 +31,7 @@ from shard_tools.engines import Engine, local
 from shard_tools.images import BadImage, Prepared, Resize, prepare
 from shard_tools.journal import JOURNAL_NAME, Journal
 from shard_tools.manifest import INDEX_NAME, LABELS_NAME, MANIFEST_NAME, Manifest, ShardError, splits
-from shard_tools.shards import Cut, Part, Piece, PieceWriter, Rejected, ShardCutter, build, sample_of
+from shard_tools.shards import Cut, Part, Piece, PieceWriter, Rejected, ShardCutter, build, is_whole, sample_of
 from shard_tools.sources import Item, Source
 
 QUARANTINE_NAME = "quarantine.txt"
@@ -275,7 +275,7 @@ def _write_shards(
             probe=_probe(source, rest) if engine.is_remote else None,
         )
         pieces = engine.in_order(partial(_write_piece, job), stream.tasks(engine.width))
-        with closing(pieces), closing(engine.in_order(build, stream.cuts(pieces))) as built:
+        with closing(pieces), closing(engine.in_order(build, stream.cuts(pieces), is_whole)) as built:
             for shard in built:
                 path = folder / shard.entry.shard.name
                 disk.put_in_place(path, shard.tar)

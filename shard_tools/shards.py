@@ -185,13 +185,13 @@ class ShardCutter:
             return None
         piece = self._runs[0][0]
         first_row = self.num_rows - self._num_samples
-        is_whole = len(self._runs) == 1 and self._num_samples == piece.num_samples and piece.first_row == first_row
+        whole = len(self._runs) == 1 and self._num_samples == piece.num_samples and piece.first_row == first_row
         cut = Cut(
             path=self._folder / f"{self._split}-{self._number:06d}.tar",
             number=self._number,
             first_row=first_row,
             runs=tuple(Run(piece.path, offset, tuple(samples)) for piece, offset, samples in self._runs),
-            sha256=piece.sha256 if is_whole else "",
+            sha256=piece.sha256 if whole else "",
             census=self.census,
             consumed=consumed,
         )
@@ -203,6 +203,11 @@ class ShardCutter:
     def _begin(self) -> None:
         self._runs: list[tuple[Piece, int, list[Sample]]] = []  # piece, offset of the first sample, samples
         self._num_samples = self._num_bytes = 0
+
+
+def is_whole(cut: Cut) -> bool:
+    """Whether the shard is written already, and only has to reach the disk."""
+    return bool(cut.sha256)
 
 
 def build(cut: Cut) -> Built:
@@ -220,7 +225,7 @@ def build(cut: Cut) -> Built:
         rows.append((cut.number, offset, size, sample.label, sample.crc32, facts.width, facts.height))
         lines.append(index.idx_line(components))
     own = disk.partial_path(cut.path.with_name(f"{cut.path.stem}-{uuid.uuid4().hex}"))
-    place, sha256 = (cut.runs[0].path, cut.sha256) if cut.sha256 else (own, _copy(cut, own))
+    place, sha256 = (cut.runs[0].path, cut.sha256) if is_whole(cut) else (own, _copy(cut, own))
     disk.sync_file(place)
     idx = index.idx_bytes(lines)
     idx_place = own.with_suffix(f".idx{disk.PARTIAL}")
