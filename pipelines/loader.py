@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ class Loader:
         )
         self._stream: _Stream | None = None
         self._ahead: ReadAhead | None = None
+        self._orders = ThreadPoolExecutor(1, "fastssl-order")
 
     def batches(self, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps start_step, start_step + 1, ... One iterator at a time: a new one ends the one before.
@@ -125,9 +127,13 @@ class Loader:
         return self._stream
 
     def close(self) -> None:
-        """Ends the threads; harmless when repeated. What a server has been asked for is waited for."""
+        """Ends the threads; harmless when repeated.
+
+        Waits for what a server has been asked for, and for an epoch's order that is being made.
+        """
         self._renderer.reader.stop()
         self._end_stream()
+        self._orders.shutdown()
         self._renderer.close()
 
     def __enter__(self) -> Loader:
@@ -143,16 +149,23 @@ class Loader:
             self._stream.close()
 
     def _plan(self, start_step: int) -> Iterator[Step]:
-        """(step, epoch, rows) from `start_step` on, without end."""
+        """(step, epoch, rows) from `start_step` on, without end.
+
+        The order of the next epoch, seconds of work for millions of samples, is made in a thread of its own during the
+        second half of this one, so that a short run does without it.
+        """
         epoch, first = divmod(start_step, self.steps_per_epoch)
+        permutation = self._permutation(epoch)
         while True:
-            permutation = self._permutation(epoch)
             for step in range(first, self.steps_per_epoch):
+                if step == max(first, self.steps_per_epoch // 2):
+                    following = self._orders.submit(self._permutation, epoch + 1)
                 rows = rows_for_step(permutation, step, self._batch_size, self._rank, self._world)
                 number = epoch * self.steps_per_epoch + step
                 if self._ahead is not None:
                     self._ahead.move_to(self._place(number))
                 yield number, epoch, rows
+            permutation = following.result()
             epoch, first = epoch + 1, 0
 
     def _permutation(self, epoch: int) -> Order:

@@ -293,6 +293,39 @@ class TestErrorsAndEnds:
             with pytest.raises(StopIteration):
                 next(first)
 
+    def test_the_order_of_the_next_epoch_is_made_in_the_background_from_the_middle_of_this_one(
+        self, manifest, monkeypatch
+    ):
+        made = []
+
+        def recorded(num_samples, seed, epoch):
+            made.append((epoch, threading.current_thread().name.rpartition("_")[0]))
+            return order(num_samples, seed, epoch)
+
+        monkeypatch.setattr("pipelines.loader.order", recorded)
+        with Loader(manifest, EVAL, batch_size=1, seed=5, prefetch=1) as loader:
+            batches = loader.batches()
+            ids = [int(next(batches).ids[0]) for _ in range(20)]
+            assert [epoch for epoch, _ in made] == [0]  # 61 steps an epoch: of a run of 20 no second order is wanted
+            ids += [int(next(batches).ids[0]) for _ in range(61 + 20)]
+            assert ids == [*order(61, 5, 0), *order(61, 5, 1)][:101]
+            assert made[1:] == [(1, "fastssl-order")]
+        assert not self.new_threads()
+
+    def test_an_order_that_cannot_be_made_is_raised_in_the_consumer(self, manifest, monkeypatch):
+        def failing(num_samples, seed, epoch):
+            if epoch == 1:
+                raise MemoryError("no room for an order")
+            return order(num_samples, seed, epoch)
+
+        monkeypatch.setattr("pipelines.loader.order", failing)
+        with (
+            Loader(manifest, EVAL, batch_size=30, seed=0) as loader,
+            pytest.raises(MemoryError, match="no room for an order"),
+        ):
+            list(itertools.islice(loader.batches(), 3))
+        assert not self.new_threads()
+
     def test_memory_is_bounded_by_prefetch_when_the_consumer_is_slow(self, manifest, monkeypatch):
         made = []
         original = draw_view
