@@ -93,8 +93,7 @@ class NativeBackend:
 
     def _render_by_pillow(self, work: Work, i: int) -> None:
         image = pillow.decode(work.job, i)
-        planes = np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
-        done = self._kernel.render_pixels(planes, i, work.views)
+        done = self._kernel.render_pixels(np.asarray(image), i, work.views)
         if done == kernel.NO_MEMORY:
             raise MemoryError(f"no memory for the views of {work.job.names[i]}")
         if done == kernel.OTHER_SIZE:

@@ -8,8 +8,6 @@
 
 #include "kernel.h"
 
-/* libjpeg's IDCT and upsampling write whole blocks, and rows are read in registers of 64 bytes. */
-#define MARGIN 64
 #define KEPT_BYTES (64u << 20) /* a larger buffer is given back after the image that needed it */
 #define MAX_SCANS 500          /* of a progressive file; a crafted one has millions, and takes hours */
 

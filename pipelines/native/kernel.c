@@ -111,7 +111,7 @@ API void render_files(worker_t *worker, const uint8_t *const *files, const int64
     }
 }
 
-/* All views of sample `i`, whose image somebody else decoded to bytes (3, height, width). */
+/* All views of sample `i`, whose image somebody else decoded to bytes (3, height, width) with MARGIN bytes behind them. */
 API int render_pixels(worker_t *worker, const uint8_t *planes, int width, int height, int64_t i, const view_t *views,
                   int num_views) {
     image_t image = {.meaning = RGB, .sub_x = 1, .sub_y = 1, .shrink = 1, .whole_width = width, .whole_height = height};

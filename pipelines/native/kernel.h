@@ -10,6 +10,8 @@ enum { DONE = 0, NOT_FOR_US = 1, OTHER_SIZE = 2, NO_MEMORY = 3 };
 
 enum { GRAY, YCC, RGB }; /* what the planes of an image mean */
 
+enum { MARGIN = 64 }; /* bytes behind a plane that may be read: rows are taken in registers of that size */
+
 /* A decoded image. Crops are given in px of the whole image, which is `shrink` times as large as plane 0. Planes 1 and 2
    have 1/sub_x of the columns and 1/sub_y of the rows of plane 0; sub_x and sub_y are 1 or 2. */
 typedef struct {
@@ -60,7 +62,7 @@ render_f render_plain, render_avx2, render_avx512;
 
 typedef struct { /* the pixels of a view while it is worked on */
     uint8_t *plane[3], *spare; /* spare: as large as a plane */
-    int size, pitch; /* pitch: a multiple of 64, and rows may be read and written up to it */
+    int size, pitch; /* pitch: a multiple of 32, and rows may be read and written up to it */
 } canvas_t;
 void JOIN(apply_strong, FOR)(canvas_t *canvas, const view_t *view, int64_t sample); /* in place */
 

@@ -32,6 +32,9 @@ DRAWN = {  # fields of `pipelines.draw.ViewDraws` in view_t's order
 _NUMBERS = ("size", "resize", "operations", "grayscale_first", "solarize_threshold", "num_strong")
 
 
+_MARGIN = 64  # MARGIN of kernel.h
+
+
 class KernelError(RuntimeError):
     """The kernel cannot be used; the message says why and what to do."""
 
@@ -77,9 +80,11 @@ class Kernel:
             worker.address, files, num_bytes.ctypes.data, first, last, views, len(views), scaled, done.ctypes.data
         )
 
-    def render_pixels(self, planes: npt.NDArray[np.uint8], sample: int, views: ctypes.Array[View]) -> int:
-        """Render all views of one sample from its pixels, uint8 (3, height, width), C-contiguous."""
-        _, height, width = planes.shape
+    def render_pixels(self, pixels: npt.NDArray[np.uint8], sample: int, views: ctypes.Array[View]) -> int:
+        """Render all views of one sample from its pixels, uint8 (height, width, 3); what became of it."""
+        height, width, _ = pixels.shape
+        planes = np.empty(pixels.size + _MARGIN, np.uint8)
+        planes[: pixels.size].reshape(3, height, width)[...] = pixels.transpose(2, 0, 1)
         worker = self._worker()
         return self._functions.render_pixels(
             worker.address, planes.ctypes.data, width, height, sample, views, len(views)

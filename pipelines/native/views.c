@@ -19,6 +19,11 @@
 #define FMA(a, b, c) ((a) * (b) + (c))
 #endif
 
+/* A loop over a row, in blocks whose length the compiler knows: without tails, and without wider types than needed. */
+#define EACH(x, num, block) \
+    for (int x##_block = 0; x##_block < (num); x##_block += (block)) \
+        for (int x = x##_block; x < x##_block + (block); x++)
+
 typedef float *restrict row_t;
 typedef const float *restrict const_row_t;
 
@@ -105,7 +110,7 @@ static void make_taps(taps_t *taps, void *memory, const axis_t *axis, int size, 
     for (int x = size; x < stride; x++) taps->from[x] = taps->from[size - 1];
 }
 
-/* mixed[x] = the taps of output row y on bytes of `num` columns */
+/* mixed[x] = the taps of output row y on bytes of `num` columns; up to MARGIN - 1 more are read and written */
 static void mix_rows(const uint8_t *restrict plane, int pitch, int num, const taps_t *taps, int y, row_t mixed) {
     const uint8_t *restrict p = plane + (ptrdiff_t)taps->from[y] * pitch;
     const float *restrict weight = taps->weight + y;
@@ -114,22 +119,22 @@ static void mix_rows(const uint8_t *restrict plane, int pitch, int num, const ta
     if (taps->num >= 3) {
         const float a = weight[0], b = weight[stride], c = weight[2 * stride];
         const uint8_t *restrict q = p + pitch, *restrict r = q + pitch;
-        for (int x = 0; x < num; x++) mixed[x] = FMA(a, p[x], FMA(b, q[x], c * r[x]));
+        EACH(x, num, MARGIN) mixed[x] = FMA(a, p[x], FMA(b, q[x], c * r[x]));
         k = 3;
     } else {
         const float a = weight[0];
-        for (int x = 0; x < num; x++) mixed[x] = a * p[x];
+        EACH(x, num, MARGIN) mixed[x] = a * p[x];
         k = 1;
     }
     for (; k + 1 < taps->num; k += 2) {
         const uint8_t *restrict q = p + (ptrdiff_t)k * pitch, *restrict r = q + pitch;
         const float b = weight[k * stride], c = weight[(k + 1) * stride];
-        for (int x = 0; x < num; x++) mixed[x] = FMA(b, q[x], FMA(c, r[x], mixed[x]));
+        EACH(x, num, MARGIN) mixed[x] = FMA(b, q[x], FMA(c, r[x], mixed[x]));
     }
     if (k < taps->num) {
         const uint8_t *restrict q = p + (ptrdiff_t)k * pitch;
         const float b = weight[k * stride];
-        for (int x = 0; x < num; x++) mixed[x] = FMA(b, q[x], mixed[x]);
+        EACH(x, num, MARGIN) mixed[x] = FMA(b, q[x], mixed[x]);
     }
 }
 
@@ -209,12 +214,12 @@ static inline float luma(float r, float g, float b) { /* every sum is a whole nu
 }
 
 static void round_row(row_t row, int num) {
-    for (int x = 0; x < num; x++) row[x] = to_byte(row[x] + 0.5f);
+    EACH(x, num, LANES) row[x] = to_byte(row[x] + 0.5f);
 }
 
 /* JFIF's conversion, as libjpeg does it */
 static void ycc_to_rgb(row_t r, row_t g, row_t b, int num) {
-    for (int x = 0; x < num; x++) {
+    EACH(x, num, LANES) {
         const float y = r[x] + 0.5f, u = g[x] - 128, v = b[x] - 128;
         r[x] = to_byte(FMA(1.402f, v, y));
         g[x] = to_byte(FMA(-0.344136286f, u, FMA(-0.714136286f, v, y)));
@@ -223,7 +228,7 @@ static void ycc_to_rgb(row_t r, row_t g, row_t b, int num) {
 }
 
 static void grayscale(row_t r, row_t g, row_t b, int num) {
-    for (int x = 0; x < num; x++) r[x] = g[x] = b[x] = luma(r[x], g[x], b[x]);
+    EACH(x, num, LANES) r[x] = g[x] = b[x] = luma(r[x], g[x], b[x]);
 }
 
 static uint32_t sum_of_luma(const_row_t r, const_row_t g, const_row_t b, int num) {
@@ -234,13 +239,13 @@ static uint32_t sum_of_luma(const_row_t r, const_row_t g, const_row_t b, int num
 
 /* Brightness with `from` 0, contrast with the mean luma. */
 static void scale(row_t r, row_t g, row_t b, int num, float factor, float from) {
-    for (int x = 0; x < num; x++) r[x] = to_byte((r[x] - from) * factor + from);
-    for (int x = 0; x < num; x++) g[x] = to_byte((g[x] - from) * factor + from);
-    for (int x = 0; x < num; x++) b[x] = to_byte((b[x] - from) * factor + from);
+    EACH(x, num, LANES) r[x] = to_byte((r[x] - from) * factor + from);
+    EACH(x, num, LANES) g[x] = to_byte((g[x] - from) * factor + from);
+    EACH(x, num, LANES) b[x] = to_byte((b[x] - from) * factor + from);
 }
 
 static void saturate(row_t r, row_t g, row_t b, int num, float factor) {
-    for (int x = 0; x < num; x++) {
+    EACH(x, num, LANES) {
         const float from = luma(r[x], g[x], b[x]);
         r[x] = to_byte((r[x] - from) * factor + from);
         g[x] = to_byte((g[x] - from) * factor + from);
@@ -262,7 +267,7 @@ static inline float channel(float sector, float hue, float value, float chroma) 
 /* torchvision's adjust_hue on Pillow's HSV images, whose hue and saturation are bytes */
 static void turn_hue(row_t r, row_t g, row_t b, int num, float fraction) {
     const float turn = (uint8_t)(int)((double)fraction * 255);
-    for (int x = 0; x < num; x++) {
+    EACH(x, num, LANES) {
         const float red = r[x], green = g[x], blue = b[x];
         float high = red > green ? red : green, low = red < green ? red : green;
         high = high > blue ? high : blue;
@@ -286,11 +291,11 @@ static void turn_hue(row_t r, row_t g, row_t b, int num, float fraction) {
 }
 
 static void to_floats(const uint8_t *restrict bytes, row_t row, int num) {
-    for (int x = 0; x < num; x++) row[x] = bytes[x];
+    EACH(x, num, LANES) row[x] = bytes[x];
 }
 
 static void to_bytes(const_row_t row, uint8_t *restrict bytes, int num) {
-    for (int x = 0; x < num; x++) bytes[x] = (uint8_t)(int)row[x];
+    EACH(x, num, LANES) bytes[x] = (uint8_t)(int)row[x];
 }
 
 enum { BRIGHTNESS, CONTRAST, SATURATION, HUE }; /* numbers of draw.py's `order` */
@@ -334,11 +339,11 @@ static void blur_row(const uint8_t *const *tap, const box_t *box, uint8_t *restr
     const uint32_t near = box->near, far = box->far, half = 1u << 23;
     const uint8_t *restrict a = tap[0], *restrict b = tap[1], *restrict c = tap[2];
     if (box->reach == 0) {
-        for (int x = 0; x < num; x++)
+        EACH(x, num, 32)
             out[x] = (near * b[x] + far * (uint32_t)(a[x] + c[x]) + half) >> 24;
     } else if (box->reach == 1) {
         const uint8_t *restrict d = tap[3], *restrict e = tap[4];
-        for (int x = 0; x < num; x++)
+        EACH(x, num, 32)
             out[x] = (near * (uint32_t)(b[x] + c[x] + d[x]) + far * (uint32_t)(a[x] + e[x]) + half) >> 24;
     } else {
         const uint8_t *restrict last = tap[2 * box->reach + 2];
@@ -429,14 +434,14 @@ static void axes_of(const image_t *image, const view_t *view, int64_t i, axis_t 
 static int reduced(int value, int sub, int extra) { return sub == 1 ? value : (value >> 1) + extra; }
 
 int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *view, int64_t i) {
-    const int size = view->size, pitch = round_up(size, 64), num = round_up(size, LANES);
+    const int size = view->size, pitch = round_up(size, 32), num = round_up(size, LANES);
     axis_t across, down;
     axes_of(image, view, i, &across, &down);
     const box_t box = view->sigma[i] > 0 ? box_of(view->sigma[i]) : (box_t){0};
 
     /* memory: taps for plane 0 and for planes 1 and 2, a mixed row, three resized rows, planes, a spare one, a framed row */
     const size_t taps_across = taps_bytes(&across, size), taps_down = taps_bytes(&down, size);
-    const size_t mixed_floats = round_up(across.high - across.low + most_taps(&across) + 8 * LANES, LANES);
+    const size_t mixed_floats = round_up(across.high - across.low + most_taps(&across) + 2 * MARGIN, LANES);
     const size_t plane_bytes = (size_t)size * pitch + 64, framed_bytes = 2 * pitch + 4 * (box.reach + 1) + 64;
     char *memory = reserve(scratch, 2 * (taps_across + taps_down) + (mixed_floats + 3 * num) * sizeof(float) +
                                         4 * plane_bytes + framed_bytes);

@@ -114,7 +114,7 @@ int main(int num, char **words) {
             rendered += done[0] == DONE;
         }
         if (!any(8) && (long)width * height < 1 << 20) {
-            uint8_t *planes = calloc((size_t)width * height, 3);
+            uint8_t *planes = calloc((size_t)width * height * 3 + MARGIN, 1);
             render_pixels(workers[0], planes, width, height, 0, views, VIEWS);
             free(planes);
         }

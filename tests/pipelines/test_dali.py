@@ -1,4 +1,4 @@
-"""The DALI backend on the CPU: jobs in flight, output types, formats, faults. Tolerances: test_dali_tolerance.py."""
+"""The DALI backend on the CPU: jobs in flight, output types, formats, faults. Tolerances: test_tolerances.py."""
 
 from __future__ import annotations
 
@@ -21,19 +21,15 @@ from pipelines.augment import AugmentSpec
 from pipelines.backends import Backend, DecodeError, Job, make
 from pipelines.draw import draw_view
 from pipelines.native import kernel
-from pipelines.views import ViewSpec, flatten, normalize
+from pipelines.views import ViewSpec, normalize
+from tests.pipelines import jobs
+from tests.pipelines.jobs import CLSA, MOCO_V1, MOCO_V2, SWAV, job_of, strong_job
 from tests.shards import encode
 
 pytest.importorskip("nvidia.dali")
 from pipelines.backends.dali.colour_on_cpu import ColourOnCpu
 
-MOCO_V1 = AugmentSpec(
-    jitter_p=1.0, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.4, grayscale_p=0.2, grayscale_first=True
-)
-MOCO_V2 = AugmentSpec(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale_p=0.2, blur_p=0.5)
-SWAV = AugmentSpec(jitter_p=0.8, brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2, grayscale_p=0.2, blur_p=0.5)
 SOLARIZE = replace(MOCO_V2, solarize_p=0.5)
-CLSA = replace(MOCO_V2, strong_draws=5)
 
 RECIPES = {
     "moco_v1": [ViewSpec("query", 224, augment=MOCO_V1), ViewSpec("key", 224, augment=MOCO_V1)],
@@ -64,19 +60,8 @@ def backend(specs: Sequence[ViewSpec], name: str = "dali", **options: Any) -> Ba
     return make(name, specs, **(defaults | options))
 
 
-def job_of(specs: Sequence[ViewSpec], files: Sequence[bytes], *, first_id: int = 0, epoch: int = 0) -> Job:
-    sizes = np.array([Image.open(io.BytesIO(file)).size for file in files])
-    ids = np.arange(first_id, first_id + len(files))
-    draws = [draw_view(spec, view, 7, epoch, ids, sizes[:, 0], sizes[:, 1]) for view, spec in flatten(specs)]
-    return Job(list(files), draws, [f"train-000000.tar:{i:09d}.jpg" for i in ids])
-
-
 def render(specs: Sequence[ViewSpec], job: Job, name: str = "dali", **options: Any) -> list[Tensor]:
-    renderer = backend(specs, name, batch_size=len(job.images), **options)
-    renderer.submit(job)
-    views = renderer.collect()
-    renderer.close()
-    return views
+    return jobs.render(specs, job, name, **options)
 
 
 def mean_difference(a: Tensor, b: Tensor) -> float:
@@ -226,19 +211,6 @@ def test_images_of_extreme_shapes_become_views_of_the_right_size(photos: list[Im
         for view, exact in zip(render(specs, job), render(specs, job, "exact"), strict=True):
             assert view.shape == exact.shape
             assert mean_difference(view, exact) < 1.0
-
-
-def strong_job(spec: ViewSpec, files: Sequence[bytes], name: str) -> Job:
-    """Every strong draw is the operation `name`: at level 1 for the first file, 2 for the second, ...; then turned."""
-    job = job_of([spec], files)
-    places = np.arange(len(files), dtype=np.int8)[:, None] * np.ones(spec.augment.strong_draws, dtype=np.int8)
-    draws = replace(
-        job.draws[0],
-        strong_operation=np.full_like(places, strong.POOL.index(name)),
-        strong_level=1 + places % strong.LEVELS,
-        strong_sign=1 - 2 * (places // strong.LEVELS % 2),
-    )
-    return Job(job.images, [draws], job.names)
 
 
 STRONG_ONLY = ViewSpec("a", 32, crop="center", resize=32, augment=AugmentSpec(flip_p=0.0, strong_draws=1))

@@ -17,7 +17,8 @@ from pipelines.backends.exact import apply_chain, apply_strong
 from pipelines.draw import draw_view
 from pipelines.views import ViewSpec, normalize
 from tests.pipelines.fused_interpreter import Case, render
-from tests.pipelines.test_dali import CLSA, MOCO_V1, MOCO_V2, SOLARIZE, SWAV
+from tests.pipelines.jobs import CLSA, MOCO_V1, MOCO_V2, SWAV
+from tests.pipelines.test_dali import SOLARIZE
 
 triton = pytest.importorskip("triton")
 

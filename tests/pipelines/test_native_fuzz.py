@@ -1,4 +1,4 @@
-"""Damaged files and random numbers through the kernel, compiled under the address and undefined-behaviour sanitizers."""
+"""Damaged files and random numbers through the kernel, compiled under address and undefined-behaviour sanitizers."""
 
 from __future__ import annotations
 

@@ -64,8 +64,7 @@ class ColourOnCpu:
         assert self._kernel is not None
         only = kernel.views_array([view])
         for i in part:
-            planes = np.ascontiguousarray(pixels[i].transpose(2, 0, 1))
-            if self._kernel.render_pixels(planes, i, only) != kernel.DONE:
+            if self._kernel.render_pixels(pixels[i], i, only) != kernel.DONE:
                 raise MemoryError("no memory for the colour of a view")
 
     def _finish(self, view: Tensor, spec: ViewSpec) -> Tensor:

@@ -1,4 +1,4 @@
-"""How far DALI's pixels on the CPU are from torchvision-on-Pillow's, operation by operation, on photographs.
+"""How far the pixels of `native`, and of `dali` on the CPU, are from torchvision-on-Pillow's, operation by operation.
 
 The table in docs/pipelines.md is this test's: with FASTSSL_WRITE_TABLES=1 the test writes it anew, without it holds the
 measured values to the tolerances that the table states. With FASTSSL_PHOTOS=FOLDER it uses the first 64 photographs of
@@ -22,13 +22,14 @@ from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import Job
 from pipelines.views import ViewSpec
-from tests.pipelines.test_dali import CLSA, MOCO_V1, MOCO_V2, SWAV, job_of, render, strong_job
+from tests.pipelines.jobs import CLSA, MOCO_V1, MOCO_V2, SWAV, job_of, render, strong_job
 from tests.shards import encode
 
 dali = pytest.importorskip("nvidia.dali")
 fn, types = dali.fn, dali.types
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "pipelines.md"
+BACKENDS = ("native", "dali")
 BEGIN, END = "<!-- tolerances: begin -->", "<!-- tolerances: end -->"
 NUM_SAMPLES = 24
 
@@ -57,29 +58,29 @@ class Case:
 
 
 CASES = {
-    "crop and resize to 224 px": Case(ViewSpec("a", 224, augment=NOTHING), 0.2),
-    "crop and resize to 96 px, area 5 to 14 %": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=NOTHING), 0.2),
+    "crop and resize to 224 px": Case(ViewSpec("a", 224, augment=NOTHING), 0.3),
+    "crop and resize to 96 px, area 5 to 14 %": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=NOTHING), 0.3),
     "crop and resize to 32 px": Case(ViewSpec("a", 32, augment=NOTHING), 0.3),
-    "shorter side to 256 px, center 224 px": Case(ViewSpec("a", 224, crop="center", resize=256, augment=NOTHING), 0.2),
+    "shorter side to 256 px, center 224 px": Case(ViewSpec("a", 224, crop="center", resize=256, augment=NOTHING), 0.3),
     "flip": Case(_only(flip_p=1.0), 0.0),
     "brightness 0.8": Case(_jitter(brightness=0.8), 0.0),
     "contrast 0.8": Case(_jitter(contrast=0.8), 0.0),
     "saturation 0.8": Case(_jitter(saturation=0.8), 0.0),
-    "hue 0.1": Case(_jitter(hue=0.1), 0.0),
-    "hue 0.5": Case(_jitter(hue=0.5), 0.0),
-    "all four in a random order, as MoCo v2": Case(_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1), 0.0),
-    "all four in a random order, as SwAV": Case(_jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.0),
+    "hue 0.1": Case(_jitter(hue=0.1), 0.02),
+    "hue 0.5": Case(_jitter(hue=0.5), 0.02),
+    "all four in random order, as MoCo v2": Case(_jitter(brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1), 0.02),
+    "all four in random order, as SwAV": Case(_jitter(brightness=0.8, contrast=0.8, saturation=0.8, hue=0.2), 0.02),
     "grayscale": Case(_only(grayscale_p=1.0), 0.0),
     "blur, sigma 0.1 to 2": Case(_only(blur_p=1.0), 0.0),
     "solarize": Case(_only(solarize_p=1.0), 0.0),
-    "view of MoCo v1": Case(ViewSpec("a", 224, augment=MOCO_V1), 0.3),
-    "view of MoCo v2": Case(ViewSpec("a", 224, augment=MOCO_V2), 0.25),
-    "global view of SwAV": Case(ViewSpec("a", 224, scale=(0.14, 1.0), augment=SWAV), 0.25),
-    "local view of SwAV": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=SWAV), 0.25),
+    "view of MoCo v1": Case(ViewSpec("a", 224, augment=MOCO_V1), 0.4),
+    "view of MoCo v2": Case(ViewSpec("a", 224, augment=MOCO_V2), 0.35),
+    "global view of SwAV": Case(ViewSpec("a", 224, scale=(0.14, 1.0), augment=SWAV), 0.35),
+    "local view of SwAV": Case(ViewSpec("a", 96, scale=(0.05, 0.14), augment=SWAV), 0.35),
     **{f"strong {name}": Case(_only(strong_draws=1), 0.0, name) for name in strong.POOL},
     "five strong draws": Case(_only(strong_draws=5), 0.0),
-    "strong view of CLSA, 224 px": Case(ViewSpec("a", 224, augment=CLSA), 0.5),
-    "strong view of CLSA, 96 px": Case(ViewSpec("a", 96, scale=(0.086, 0.429), augment=CLSA), 0.5),
+    "strong view of CLSA, 224 px": Case(ViewSpec("a", 224, augment=CLSA), 0.6),
+    "strong view of CLSA, 96 px": Case(ViewSpec("a", 96, scale=(0.086, 0.429), augment=CLSA), 0.6),
 }
 
 
@@ -103,7 +104,8 @@ def photographs(photos: list[Image.Image]) -> list[Image.Image]:
 
 
 @pytest.fixture(scope="module")
-def measured(photographs: list[Image.Image]) -> dict[str, Difference]:
+def measured(photographs: list[Image.Image]) -> dict[str, dict[str, Difference]]:
+    """By operation and backend."""
     return {name: _measure(case, photographs) for name, case in CASES.items()}
 
 
@@ -123,10 +125,11 @@ def _job(case: Case, photographs: list[Image.Image]) -> Job:
     return strong_job(spec, files, case.strong) if case.strong else job_of([spec], files)
 
 
-def _measure(case: Case, photographs: list[Image.Image]) -> Difference:
+def _measure(case: Case, photographs: list[Image.Image]) -> dict[str, Difference]:
     spec, job = case.spec, _job(case, photographs)
-    (view,), (exact,) = render([spec], job), render([spec], job, "exact")
-    return _difference(view.numpy(), exact.numpy(), _untouched(spec, job))
+    (exact,), untouched = render([spec], job, "exact"), _untouched(spec, job)
+    views = {backend: render([spec], job, backend)[0] for backend in BACKENDS}
+    return {backend: _difference(view.numpy(), exact.numpy(), untouched) for backend, view in views.items()}
 
 
 def _untouched(spec: ViewSpec, job: Job) -> np.ndarray:
@@ -142,16 +145,19 @@ def _difference(view: np.ndarray, exact: np.ndarray, untouched: np.ndarray) -> D
     return Difference(float(apart.mean()), float(apart.mean((1, 2, 3)).max()), int(apart.max()), float(moves))
 
 
-def _table(measured: dict[str, Difference]) -> str:
-    rows = ["| operation | tolerance | mean | worst view | worst pixel | moves by |", "|---|---|---|---|---|---|"]
+def _table(measured: dict[str, dict[str, Difference]]) -> str:
+    heads = [f"{backend}: {what}" for backend in BACKENDS for what in ("mean", "worst view", "worst pixel")]
+    rows = [f"| operation | tolerance | {' | '.join(heads)} | moves by |", "|---" * (len(heads) + 3) + "|"]
     for name, case in CASES.items():
-        d = measured[name]
-        moves = f"{d.moves:.1f}" if d.moves > 0 else "–"
-        rows.append(f"| {name} | {case.tolerance} | {d.mean:.3f} | {d.worst_view:.3f} | {d.largest} | {moves} |")
+        cells = [f"{d.mean:.3f} | {d.worst_view:.3f} | {d.largest}" for d in measured[name].values()]
+        moves = measured[name]["native"].moves
+        rows.append(f"| {name} | {case.tolerance} | {' | '.join(cells)} | {f'{moves:.1f}' if moves > 0 else '–'} |")
     return "\n".join(rows)
 
 
-def test_every_operation_keeps_the_tolerance_that_the_documentation_states(measured: dict[str, Difference]) -> None:
+def test_every_operation_keeps_the_tolerance_that_the_documentation_states(
+    measured: dict[str, dict[str, Difference]],
+) -> None:
     before, _, rest = DOCUMENT.read_text(encoding="utf-8").partition(BEGIN)
     table, _, after = rest.partition(END)
     if os.environ.get("FASTSSL_WRITE_TABLES") == "1":
@@ -160,7 +166,7 @@ def test_every_operation_keeps_the_tolerance_that_the_documentation_states(measu
     rows = re.findall(r"^\| (.+?) \| ([\d.]+) \|", table, re.MULTILINE)
     stated = {name: float(tolerance) for name, tolerance in rows}
     assert stated == {name: case.tolerance for name, case in CASES.items()}
-    broken = {name: d for name, d in measured.items() if d.mean > stated[name]}
+    broken = {(name, b): d for name, by in measured.items() for b, d in by.items() if d.mean > stated[name]}
     assert not broken
 
 
