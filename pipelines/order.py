@@ -32,7 +32,7 @@ def windowed_order(shard_sizes: Sequence[int], seed: int, epoch: int, window: in
     The samples of a window all come before those of the next, so that a shard is read in one stretch of the epoch.
     """
     place_of_shard = np.argsort(shard_order(len(shard_sizes), seed, epoch))
-    window_of_sample = np.repeat(place_of_shard // window, shard_sizes)
+    window_of_sample = np.repeat((place_of_shard // window).astype(np.int32), shard_sizes)
     return np.lexsort((_keys(_SAMPLE_BLOCK, len(window_of_sample), seed, epoch), window_of_sample))
 
 

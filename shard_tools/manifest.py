@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -40,6 +41,7 @@ MAX_MEMBER_BYTES = 64 * 2**20  # of one image; a claim above it is a damaged or 
 MAX_BANDS = 64  # of a stamp
 _MAX_NPY_HEAD = 10 + 2**16
 _HEADER_BYTES = 512  # of a member in a tar
+_PIECE = 2**16  # rows of the index checked at a time, so that what is computed of them stays in the cache
 
 # offset, size   of the image's bytes inside the tar
 # label          class number, -1 for none
@@ -436,10 +438,14 @@ def _name_in(header: bytes) -> str:
 def _shard_faults(manifest: Manifest) -> Iterator[str]:
     for shard in manifest.shards:
         path = manifest.root / shard.name
-        if not path.is_file():
+        try:
+            found = path.stat()  # once: on a network's file system each is a request
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if found is None or not stat.S_ISREG(found.st_mode):
             yield f"{path} is missing"
-        elif path.stat().st_size != shard.num_bytes:
-            yield f"{path} has {path.stat().st_size} bytes, but its manifest says {shard.num_bytes}"
+        elif found.st_size != shard.num_bytes:
+            yield f"{path} has {found.st_size} bytes, but its manifest says {shard.num_bytes}"
 
 
 def _index_faults(manifest: Manifest) -> Iterator[str]:
@@ -471,26 +477,37 @@ def _labels_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _range_faults(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
-    shard = index["shard"].astype(np.int64)
-    if shard.max() >= len(manifest.shards):
-        yield f"{path} names shard {shard.max()}, but there are only {len(manifest.shards)}"
+    num_bytes = np.array([entry.num_bytes for entry in manifest.shards], np.uint64)
+    ends = np.cumsum([entry.num_samples for entry in manifest.shards])
+    if index["shard"].max() >= len(num_bytes):
+        yield f"{path} names shard {index['shard'].max()}, but there are only {len(num_bytes)}"
         return
-    counts = np.bincount(shard, minlength=len(manifest.shards))
-    if (np.diff(shard) < 0).any() or counts.tolist() != [entry.num_samples for entry in manifest.shards]:
+    in_order = True
+    wrong: dict[str, tuple[int, int]] = {}  # what -> the first such row, how many
+    for first in range(0, len(index), _PIECE):
+        rows = np.array(index[first : first + _PIECE])
+        expected = np.searchsorted(ends, np.arange(first, first + len(rows)), "right")
+        in_order = in_order and bool((rows["shard"] == expected).all())
+        for what, mask in _out_of_range(rows, num_bytes[rows["shard"]], len(manifest.classes or ())).items():
+            if count := int(mask.sum()):
+                row, before = wrong.get(what, (first + int(mask.argmax()), 0))
+                wrong[what] = (row, before + count)
+    if not in_order:
         yield f"{path} does not list the shards' samples in their order and number"
-    num_bytes = np.array([entry.num_bytes for entry in manifest.shards], np.uint64)[shard]
-    offset, size = index["offset"], index["size"]
-    num_classes = len(manifest.classes or ())
-    pixels = index["width"].astype(np.uint64) * index["height"]
-    wrong = {
+    for what, (row, count) in wrong.items():
+        more = f" and {count - 1} more" if count > 1 else ""
+        yield f"{path}: sample {row}{more} {what}"
+
+
+def _out_of_range(rows: np.ndarray, num_bytes: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    """What may be wrong with a row of the index -> whether it is, of each; num_bytes are those of each row's shard."""
+    offset, size = rows["offset"], rows["size"]
+    pixels = rows["width"].astype(np.uint64) * rows["height"]
+    return {
         "lies outside its shard": (offset < 512)
         | (offset > num_bytes)
         | (size > num_bytes - np.minimum(offset, num_bytes)),
         "has an impossible size": (size == 0) | (size > MAX_MEMBER_BYTES),
         "has impossible dimensions": (pixels == 0) | (pixels > MAX_PIXELS),
-        "has a label without a class": (index["label"] < -1) | (index["label"] >= num_classes),
+        "has a label without a class": (rows["label"] < -1) | (rows["label"] >= num_classes),
     }
-    for what, mask in wrong.items():
-        if rows := np.flatnonzero(mask).tolist():
-            more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            yield f"{path}: sample {rows[0]}{more} {what}"
