@@ -11,9 +11,9 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import platform
 import re
 import shutil
-import socket
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -422,7 +422,7 @@ def _check_sees(job: _Job) -> None:
     """Raises ShardError where this machine has not the source and the destination of the pack."""
     if not job.marker.exists():
         raise ShardError(
-            f"{socket.gethostname()} does not see {job.folder}, or the pack was stopped; mount DST under the same path"
+            f"{platform.node()} does not see {job.folder}, or the pack was stopped; mount DST under the same path"
             " on every worker"
         )
     if job.probe is not None:
@@ -430,7 +430,7 @@ def _check_sees(job: _Job) -> None:
             job.read(job.probe)
         except OSError as error:
             raise ShardError(
-                f"{socket.gethostname()} cannot read {printable(readable(job.probe.name))} of SRC"
+                f"{platform.node()} cannot read {printable(readable(job.probe.name))} of SRC"
                 f" ({error.strerror or type(error).__name__}); mount SRC under the same path on every worker"
             ) from None
 

@@ -248,7 +248,7 @@ def test_the_compiled_kernel_and_numpy_make_the_same_of_the_same_crops(photos: l
         colour = ColourOnCpu([spec], 2, "uint8", compiled=compiled)
         made += colour([torch.from_numpy(crops.copy())], [draws])
         colour.close()
-    assert (made[0] != made[1]).float().mean() < 1e-3  # the kernel's hue may round otherwise
+    assert (made[0] != made[1]).float().mean() < 0.01  # the kernel's hue may round otherwise
     assert mean_difference(made[0], torch.from_numpy(crops).permute(0, 3, 1, 2)) > 10
 
 

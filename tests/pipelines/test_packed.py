@@ -22,7 +22,7 @@ def test_a_packed_folder_gives_its_pixels_and_labels(tiny_files, tmp_path):
     manifest = pack(source, tmp_path / "shards", PackOptions(shard_size=13)).manifest
 
     view = ViewSpec("whole", 24, crop="center", resize=24, augment=AugmentSpec(flip_p=0.0))
-    with Loader(manifest, [view], batch_size=61, seed=0) as loader:
+    with Loader(manifest, [view], batch_size=61, seed=0, backend="exact") as loader:
         batch = next(loader.batches())
     pixels = batch.views["whole"][0].permute(0, 2, 3, 1).numpy()
     found = [(int(label), image.tobytes()) for label, image in zip(batch.labels, pixels)]

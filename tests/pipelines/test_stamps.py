@@ -251,7 +251,7 @@ def test_the_backend_for_stamps_is_refused_for_photographs(tiny_shards):
 
 def test_auto_is_stamps_for_stamps_on_any_device():
     assert chosen("auto", "cpu", 5) == chosen("auto", "cuda:0", 5) == "stamps"
-    assert (chosen("auto", "cpu"), chosen("auto", "cuda:0")) == ("exact", "dali")
+    assert (chosen("auto", "cpu"), chosen("auto", "cuda:0")) == ("native", "dali")
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,7 @@ _AT_WILL = {
     "hdf5.py": {"h5py"},
     "fits.py": {"astropy"},
     "remote.py": {"fsspec"},
+    "engines_dask.py": {"distributed"},
 }
 
 
