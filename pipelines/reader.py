@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -39,11 +40,12 @@ class Reader:
     """Reads samples of one split. `threads` bounds the reads in flight, which hide the latency of network storage.
 
     cache   of a remote split that is read in whole shards; None otherwise
+    index   of the manifest, mapped
     """
 
     def __init__(self, manifest: Manifest, threads: int = 8) -> None:
         self._manifest = manifest
-        self._index = manifest.index()
+        self.index = manifest.index()
         self._stopping = threading.Event()
         remote = manifest.remote
         self.cache = ShardCache(manifest, self._stopping) if remote and remote.access.read == "shards" else None
@@ -58,7 +60,7 @@ class Reader:
         and member. A result raises RemoteError where storage behind a URL fails, which is no fault of a sample.
         """
         if self._requests:
-            stretches = neighbours(self._index[rows])
+            stretches = neighbours(self.index[rows])
             reads = [self._pool.submit(self._read_stretch, self._requests, rows[places]) for places in stretches]
             return [_Stretches(len(rows), stretches, reads)]
         return [self._pool.submit(self._read, rows[i : i + _TASK_ROWS]) for i in range(0, len(rows), _TASK_ROWS)]
@@ -74,7 +76,7 @@ class Reader:
             self._shards.close()
 
     def _read(self, rows: npt.NDArray[np.int64]) -> list[bytes | ShardError]:
-        entries = self._index[rows]
+        entries = self.index[rows]
         fields = (entries[name].tolist() for name in ("shard", "offset", "size", "crc32"))
         return [self._read_one(*entry) for entry in zip(rows.tolist(), *fields)]
 
@@ -90,7 +92,7 @@ class Reader:
 
     def _read_stretch(self, folder: RemoteFolder, rows: npt.NDArray[np.int64]) -> list[bytes | ShardError]:
         """One request for samples that follow each other in a shard."""
-        entries = self._index[rows]
+        entries = self.index[rows]
         first, last = int(entries["offset"][0]), int((entries["offset"] + entries["size"]).max())
         name = self._manifest.shards[int(entries["shard"][0])].name
         content = (folder / name).read(first, last - first, self._stopping)
@@ -205,5 +207,6 @@ class _Descriptors:
 
     def _make_room(self) -> None:
         surplus = max(0, len(self._open) - _MAX_OPEN + 1)
-        for shard in [shard for shard in self._open if not self._users[shard]][:surplus]:
+        unused = (shard for shard in self._open if not self._users[shard])  # the first, as a rule: each read comes here
+        for shard in list(islice(unused, surplus)):
             os.close(self._open.pop(shard))

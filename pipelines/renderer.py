@@ -80,7 +80,6 @@ class Renderer:
     ) -> None:
         self._manifest, self._specs, self._seed, self._depth, self._device = manifest, specs, seed, depth, device
         self._replace = replace
-        self._index = manifest.index()
         self._backend: Backend = make(
             backend,
             specs,
@@ -93,6 +92,7 @@ class Renderer:
             decode=decode,
         )
         self.reader = Reader(manifest, _READ_THREADS)
+        self._index = self.reader.index  # one mapping: what is touched of each counts as resident
         self._in_backend: deque[_Pending] = deque()
         # Collected out of turn, because a batch before them has to be rendered again.
         self._collected: deque[tuple[_Pending, list[Tensor] | DecodeError]] = deque()
