@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 from shard_tools.manifest import ShardError
-from shard_tools.workers import process_pool
+from shard_tools.workers import WORKER_DIED, process_pool
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -72,10 +72,7 @@ class Processes:
         try:
             yield from ahead(submit, tasks, _AHEAD * self.width)
         except BrokenProcessPool:
-            raise ShardError(
-                "a worker process died, for want of memory or by a file that crashes its decoder; run the same command"
-                " with --workers 1 to continue and to see which"
-            ) from None
+            raise ShardError(WORKER_DIED) from None
 
 
 @contextmanager

@@ -20,6 +20,10 @@ from shard_tools.manifest import ShardError
 T = TypeVar("T")
 R = TypeVar("R")
 
+WORKER_DIED = (
+    "a worker process died, for want of memory or by a file that crashes its decoder; run the same command with"
+    " --workers 1 to continue and to see which"
+)
 _CHUNKS_AHEAD = 3  # per worker: enough to keep it busy, little enough to hold in memory
 
 
@@ -41,10 +45,7 @@ def in_order(work: Callable[[T], R], items: Iterable[T], workers: int, chunk: in
             while pending:
                 yield from pending.popleft().result()
     except BrokenProcessPool:
-        raise ShardError(
-            "a worker process died, for want of memory or by a file that crashes its decoder; run the same command"
-            " with --workers 1 to continue and to see which"
-        ) from None
+        raise ShardError(WORKER_DIED) from None
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from fastssl.settings import Config, require
 from fastssl.train import set_threads
 from pipelines.backends import chosen
 from pipelines.loader import available_cores
-from shard_tools.manifest import Manifest
 
 SLOWER = 3  # exit code
 PARTS: dict[str, tuple[Part, ...]] = {"loader": ("loader",), "step": ("step",), "train": ("loader", "step", "train")}
@@ -206,12 +205,12 @@ def _what(cfg: Config, mode: str, device: torch.device) -> str:
     what = f"{mode} of {cfg.method['name']} ({views}), batch {cfg.run.batch_size}"
     if mode in ("step", "tune"):
         return what
-    backend = chosen(cfg.loader.backend, str(device), Manifest.load(cfg.data.root, cfg.data.split).bands)
+    backend = chosen(cfg.loader.backend, str(device), cfg.data.manifest().bands)
     return f"{what}, views by {backend} on {cfg.loader.threads or available_cores()} thread(s)"
 
 
 def _data(cfg: Config) -> dict[str, Any]:
     if not cfg.data.root:
         return {}
-    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    manifest = cfg.data.manifest()
     return {"samples": manifest.num_samples, "digest": manifest.digest}

@@ -23,7 +23,6 @@ from fastssl.train import Training, open_loader, to_device, view_output
 from pipelines.loader import Batch
 from pipelines.synthetic import SyntheticLoader
 from pipelines.views import num_views
-from shard_tools.manifest import Manifest
 
 STEPS_PER_EPOCH = 5004  # ImageNet at batch 256: a bench has no epochs, but settings of a method may count them
 UNITS = {
@@ -67,7 +66,7 @@ class Rig:
             with synthetic(cfg, self._device) as loader:
                 # One batch again and again: making random pixels is not what is measured.
                 return measure(cfg, seconds, self._warmup_steps, itertools.repeat(next(loader.batches())), work)
-        manifest = Manifest.load(cfg.data.root, cfg.data.split)
+        manifest = cfg.data.manifest()
         with open_loader(cfg, manifest, self._device) as loader:
             return measure(cfg, seconds, self._warmup_steps, loader.batches(), work)
 

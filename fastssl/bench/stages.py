@@ -88,7 +88,7 @@ def measure_stages(cfg: Config, device: torch.device, seconds: float, rounds: in
 
     Takes about `seconds`, at least one batch a rung and round. Raises as a Loader does.
     """
-    manifest = Manifest.load(cfg.data.root, cfg.data.split)
+    manifest = cfg.data.manifest()
     ladder = _Ladder(cfg, manifest, device)
     try:
         once_s = sum(wall_ms for _, wall_ms in ladder.run(1).values()) / 1000 * ladder.share  # also the warm-up

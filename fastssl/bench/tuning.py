@@ -19,7 +19,6 @@ from fastssl.bench.record import Figure
 from fastssl.settings import Config, LoaderConfig
 from pipelines.backends import BACKENDS, make
 from pipelines.loader import available_cores
-from shard_tools.manifest import Manifest
 
 _FINALISTS = 4
 _PREFETCH = (2, 4)
@@ -74,7 +73,7 @@ def tune(
                 train where the time suffices for a step of each candidate
     Raises what loaders and methods raise, ValueError where no backend can be used.
     """
-    bands = Manifest.load(cfg.data.root, cfg.data.split).bands
+    bands = cfg.data.manifest().bands
     left = candidates(cfg, bands, device)
     tried, part = len(left), _objective(objective, rig, len(left), seconds, say)
     halvings = max(0, (len(left) - 1).bit_length() - _FINALISTS.bit_length() + 1)
