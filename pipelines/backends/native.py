@@ -30,6 +30,7 @@ from pipelines.native import kernel
 from pipelines.views import ViewSpec, flatten, normalize
 
 _TASK_IMAGES = 4  # of 1 ms each: the calls cost nothing, and no thread waits long at the end of a job
+_MAX_SIDE = 2**16  # px, as much as a JPEG can have; the kernel keeps the weights of a pixel on its stack
 _STRENGTHS = ("brightness", "contrast", "saturation", "hue")  # as `ViewDraws.order` numbers them
 
 
@@ -93,6 +94,12 @@ class NativeBackend:
 
     def _render_by_pillow(self, work: Work, i: int) -> None:
         image = pillow.decode(work.job, i)
+        if max(image.size) > _MAX_SIDE:
+            fault = (
+                f"{work.job.names[i]} is {image.width} x {image.height} px, but the native backend takes sides of up to"
+                f" {_MAX_SIDE} px; leave it out, or use loader.backend=exact"
+            )
+            raise DecodeError({i: fault})
         done = self._kernel.render_pixels(np.asarray(image), i, work.views)
         if done == kernel.NO_MEMORY:
             raise MemoryError(f"no memory for the views of {work.job.names[i]}")

@@ -317,6 +317,13 @@ def test_an_image_smaller_than_its_index_says_is_a_fault(suffix: str, photos: li
         render([spec], small, "native")
 
 
+def test_an_image_with_a_side_beyond_any_jpegs_is_a_fault() -> None:
+    """Its filter would be wider than a thread's stack."""
+    spec = ViewSpec("a", 1, scale=(1.0, 1.0), ratio=(1e6, 1e7), augment=NOTHING)
+    with pytest.raises(DecodeError, match=r"is 3000000 x 1 px, but the native backend takes sides of up to 65536 px"):
+        render([spec], job_of([spec], [encode(Image.new("L", (3_000_000, 1)), "png")]), "native")
+
+
 def test_a_progressive_file_with_thousands_of_scans_is_left_to_pillow(
     by_pillow: list[int], photos: list[Image.Image]
 ) -> None:
