@@ -33,7 +33,8 @@ from fastssl.methods.moco import Moco
 from fastssl.methods.swav import Swav
 from fastssl.schedule import Clock
 from fastssl.settings import Config
-from fastssl.train import Training, set_threads, to_device
+from fastssl.train import set_threads
+from fastssl.training import Training, to_device
 from pipelines.loader import Batch, Loader
 from pipelines.synthetic import SyntheticLoader
 from shard_tools.manifest import Manifest

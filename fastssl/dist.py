@@ -126,8 +126,8 @@ def any_rank(flag: bool) -> bool:
     return bool(said.item())
 
 
-class AnyRankLately:
-    """`any_rank` for a question of every step: the answer is to the call before, so that no rank waits for another.
+class LargestLately:
+    """The largest of all ranks' small numbers, once a step: that of the call before, so that no rank waits for another.
 
     All ranks get the same answer at the same call. One process is answered at once.
     """
@@ -136,20 +136,20 @@ class AnyRankLately:
         self._said: Tensor | None = None
         self._work: td.Work | None = None
 
-    def __call__(self, flag: bool) -> bool:
-        """A collective: every rank must call it equally often."""
+    def __call__(self, value: int) -> int:
+        """0 at the first call of several ranks. A collective: every rank must call it equally often."""
         if world() == 1:
-            return flag
-        answer = self._work is not None and self._answer()
-        self._said = torch.tensor([int(flag)])  # on the CPU, where gloo and not the GPU answers
+            return value
+        answer = self._answer() if self._work is not None else 0
+        self._said = torch.tensor([int(value)])  # on the CPU, where gloo and not the GPU answers
         self._work = td.all_reduce(self._said, td.ReduceOp.MAX, async_op=True)
         return answer
 
-    def _answer(self) -> bool:
+    def _answer(self) -> int:
         assert self._said is not None
         assert self._work is not None
         self._work.wait()
-        return bool(self._said.item())
+        return int(self._said.item())
 
 
 def main_says(value: object) -> object:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -11,20 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastssl import __version__, checkpoint, config, dist
-from fastssl.evaluate.online import OnlineProbe, online_probe
+from fastssl.evaluate.online import online_probe
 from fastssl.log import RunLog
-from fastssl.methods import Method, Output, RunFacts, build_method
-from fastssl.nn.encoder import build_encoder
-from fastssl.optim import build_optimizer, set_lr
-from fastssl.precision import autocast
+from fastssl.methods import Method
 from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config
+from fastssl.stopping import Reason, StopRequest
+from fastssl.training import Training, to_device, view_output
 from pipelines.backends import chosen
-from pipelines.loader import Batch, Loader, available_cores, normalize
-from pipelines.views import num_views, role_counts
+from pipelines.loader import Batch, Loader, available_cores
+from pipelines.views import num_views
+from shard_tools import exit_codes
 from shard_tools.manifest import Manifest
 from shard_tools.remote import shown
 
@@ -47,9 +44,6 @@ settings are key=value; the same command with the same run.dir resumes
 exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
             8 the loss is not finite, 75 stopped on request and saved
 """
-
-STOPPED = 75  # EX_TEMPFAIL: a scheduler may start the same command again
-TOO_MANY_BAD = 3
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,16 +104,15 @@ def run(cfg: Config) -> int:
 
         try:
             with StopRequest() as stop:
-                stopped_at = fit(
+                stopped_at, reason = fit(
                     training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
                     save_every=clock.every(cfg.run.save_every, "run.save_every"),
                     evaluate_every=clock.every(cfg.knn.every, "knn.every"),
-                    stop=lambda: stop.any_rank_asked(too_many_bad(log, manifest, cfg)),
+                    stop=lambda: stop.agreed(trouble(log, manifest, cfg)),
                 )  # fmt: skip
         finally:
             log.close()
-        bad = dist.any_rank(too_many_bad(log, manifest, cfg))
-    if stopped_at < until and bad:
+    if reason == Reason.TOO_MANY_BAD:
         if dist.rank() == 0:
             print(
                 f"error: more than {cfg.loader.max_bad:.2%} of the samples of {manifest.place} are bad, "
@@ -127,54 +120,14 @@ def run(cfg: Config) -> int:
                 f"{manifest.place}`, or allow more with loader.max_bad",
                 file=sys.stderr,
             )
-        return TOO_MANY_BAD
-    if stopped_at < until:
+        return exit_codes.TOO_MANY_BAD
+    if reason == Reason.ASKED:
         if dist.rank() == 0:
             print(
                 f"stopped at step {stopped_at} of {total}, saved; the same command goes on from there", file=sys.stderr
             )
-        return STOPPED
-    return 0
-
-
-@dataclasses.dataclass
-class Training:
-    """What a step works on: the method and everything that moves its weights."""
-
-    cfg: Config
-    device: torch.device
-    method: Method
-    optimizer: torch.optim.Optimizer
-    scaler: torch.amp.GradScaler
-    model: torch.nn.Module  # the method, wrapped where ranks average gradients
-    probe: OnlineProbe | None = None  # learns labels beside the method, which does not feel it
-
-    @classmethod
-    def build(cls, cfg: Config, device: torch.device, clock: Clock) -> Training:
-        """From settings alone, the same weights on every rank. Raises ValueError."""
-        torch.manual_seed(cfg.run.seed)
-        facts = RunFacts(role_counts(cfg.view_specs()), cfg.run.seed, clock)
-        method = build_method(cfg.method, build_encoder(**dataclasses.asdict(cfg.encoder)), facts)
-        method.to(device).to(memory_format=memory_format(cfg))
-        method.train()
-        compile_encoders_(method, cfg.run.compile)
-        optimizer = build_optimizer(method, cfg.optim, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
-        return cls(cfg, device, method, optimizer, scaler, dist.wrap_method(method))
-
-    def step(self, views: dict[str, list[Tensor]], step: int, lr: float) -> Output:
-        """One optimiser step on normalised float views; nothing in it waits for the device."""
-        set_lr(self.optimizer, lr)
-        self.method.before_step(step)
-        with autocast(self.cfg.run.precision, self.device):
-            output: Output = self.model(views, step)
-        self.scaler.scale(output.loss).backward()
-        self.method.after_backward(step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.method.after_step(output)
-        return output
+        return exit_codes.STOPPED
+    return exit_codes.DONE
 
 
 def fit(
@@ -188,9 +141,9 @@ def fit(
     save_every: int,
     evaluate: Callable[[], dict[str, float]],
     evaluate_every: int,
-    stop: Callable[[], bool],
-) -> int:
-    """The loop. Returns the number of steps that are done and saved: `steps.stop`, or fewer when asked to stop."""
+    stop: Callable[[], Reason],
+) -> tuple[int, Reason]:
+    """The loop. Returns the number of steps that are done and saved, and why they are fewer than `steps.stop`."""
     for step in steps:
         began = time.perf_counter()
         batch = next(batches)
@@ -200,14 +153,14 @@ def fit(
             output.logs |= training.probe.learn(batch.labels)
         log.step(step, output, lr(step), waited_s, batch.replaced)
 
-        done, last, asked = step + 1, step + 1 == steps.stop, stop()
-        if evaluate_every and not asked and (done % evaluate_every == 0 or last):
+        done, last, reason = step + 1, step + 1 == steps.stop, stop()
+        if evaluate_every and not reason and (done % evaluate_every == 0 or last):
             log.record(done, evaluate())
-        if last or asked or (save_every and done % save_every == 0):
+        if last or reason or (save_every and done % save_every == 0):
             save(done)
-        if asked:
-            return done
-    return steps.stop
+        if reason and not last:
+            return done, reason
+    return steps.stop, Reason.NONE
 
 
 def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader:
@@ -231,69 +184,13 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
     )
 
 
-def too_many_bad(log: RunLog, manifest: Manifest, cfg: Config) -> bool:
-    """Whether this rank met more bad samples than its share of what is allowed; one is always allowed."""
-    return len(log.bad) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
+def trouble(log: RunLog, manifest: Manifest, cfg: Config) -> Reason:
+    """What this rank has found that must end the run: more bad samples than its share of what is allowed, or nothing.
 
-
-def view_output(cfg: Config, device: torch.device) -> str:
-    """On a GPU the backend normalises there; on a CPU raw bytes are the smallest thing to hand over."""
-    if device.type == "cpu" or cfg.loader.backend in ("native", "exact"):
-        return "uint8"
-    return "float16" if cfg.run.precision == "fp16" else "float32"
-
-
-def to_device(batch: Batch, cfg: Config, device: torch.device) -> dict[str, list[Tensor]]:
-    """The batch's views as normalised floats on `device`, in the memory format of the run."""
-
-    def prepare(view: Tensor) -> Tensor:
-        view = view.to(device, non_blocking=True)
-        if view.dtype == torch.uint8:
-            view = normalize(view, cfg.data.mean, cfg.data.std, torch.float32)
-        return view.contiguous(memory_format=memory_format(cfg))
-
-    return {role: [prepare(view) for view in views] for role, views in batch.views.items()}
-
-
-def memory_format(cfg: Config) -> torch.memory_format:
-    return torch.channels_last if cfg.run.channels_last else torch.contiguous_format
-
-
-def compile_encoders_(method: Method, mode: str) -> None:
-    """torch.compile in place. Modules stay what they are, so that neither names in a checkpoint nor hooks change.
-
-    Each size of view and each mode (training, evaluating) has a graph of its own, made when it is first met.
+    One bad sample is always allowed.
     """
-    if mode != "off":
-        for encoder in method.encoders():
-            encoder.forward = torch.compile(encoder.forward, mode=mode, dynamic=False)
-
-
-class StopRequest:
-    """Turns SIGTERM, SIGUSR1 and Ctrl-C into a question the loop asks once a step; all ranks get the same answer.
-
-    Used as a context: the handlers only set a flag, and the ones before return at its end. A second signal of the same
-    kind acts as if there were no handler. Several ranks stop one step later than one (`dist.AnyRankLately`).
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def __enter__(self) -> StopRequest:
-        self._asked, self._any_rank = False, dist.AnyRankLately()
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def any_rank_asked(self, also: bool = False) -> bool:
-        """Whether any rank got a signal or said `also`. A collective: every rank must call it once a step."""
-        return self._any_rank(self._asked or also)
-
-    def _note(self, number: int, frame: Any) -> None:
-        self._asked = True
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    too_many = len(log.bad) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
+    return Reason.TOO_MANY_BAD if too_many else Reason.NONE
 
 
 def set_threads(cfg: Config, device: torch.device) -> None:

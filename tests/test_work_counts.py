@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastssl import config
 from fastssl.schedule import Clock
-from fastssl.train import Training, to_device
+from fastssl.training import Training, to_device
 from pipelines.augment import AugmentSpec
 from pipelines.loader import Loader, read_once
 from pipelines.native import kernel

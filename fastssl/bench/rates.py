@@ -19,7 +19,8 @@ from fastssl import dist
 from fastssl.bench.record import Figure
 from fastssl.schedule import Clock
 from fastssl.settings import Config
-from fastssl.train import Training, open_loader, to_device, view_output
+from fastssl.train import open_loader
+from fastssl.training import Training, to_device, view_output
 from pipelines.loader import Batch
 from pipelines.synthetic import SyntheticLoader
 from pipelines.views import num_views

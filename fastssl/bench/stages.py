@@ -24,7 +24,7 @@ from fastssl import dist
 from fastssl.bench.rates import cpu_s
 from fastssl.bench.record import Figure
 from fastssl.settings import Config
-from fastssl.train import to_device, view_output
+from fastssl.training import to_device, view_output
 from pipelines.augment import AugmentSpec
 from pipelines.backends import chosen
 from pipelines.loader import available_cores

@@ -4,6 +4,7 @@ import pytest
 
 from fastssl import checkpoint, config, train
 from fastssl.log import read_metrics
+from shard_tools import exit_codes
 from tests.fastssl.runs import assert_same_state, finish, settings, start
 from tests.shards import write_split
 
@@ -41,7 +42,7 @@ def test_a_run_with_bad_samples_resumes_to_the_same_bits(tiny_files, tmp_path):
 
 def test_too_many_bad_samples_save_and_stop_the_run(tiny_files, tmp_path, capsys):
     shards = shards_with(tmp_path / "shards", tiny_files, set(range(0, 61, 6)))
-    assert run(shards, tmp_path / "run", "loader.max_bad=0.05") == train.TOO_MANY_BAD == 3
+    assert run(shards, tmp_path / "run", "loader.max_bad=0.05") == exit_codes.TOO_MANY_BAD == 3
     err = capsys.readouterr().err
     assert "error: more than 5.00% of the samples" in err
     assert "loader.max_bad" in err

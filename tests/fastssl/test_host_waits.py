@@ -17,6 +17,7 @@ from fastssl.log import RunLog
 from fastssl.methods import METHODS
 from fastssl.optim import build_optimizer
 from fastssl.schedule import Clock
+from fastssl.training import Training, to_device
 from pipelines.synthetic import SyntheticLoader
 
 BATCH = 8
@@ -67,7 +68,7 @@ class Waits(TorchDispatchMode):
 
 def training(form, *more):
     cfg = config.load([*SMALL, *FORMS[form], *more])
-    return train.Training.build(cfg, torch.device("cpu"), Clock(100, BATCH))
+    return Training.build(cfg, torch.device("cpu"), Clock(100, BATCH))
 
 
 def batches(cfg):
@@ -103,7 +104,7 @@ def test_a_step_on_another_device_copies_nothing_to_or_from_the_host(form, monke
     device = torch.device("meta")
     trained.method.to(device)
     trained.optimizer = build_optimizer(trained.method, trained.cfg.optim, device)
-    views = train.to_device(next(batches(trained.cfg)), trained.cfg, device)
+    views = to_device(next(batches(trained.cfg)), trained.cfg, device)
     trained.step(views, 0, 0.01)  # the first one may make what later ones keep
     with Waits("meta") as waits:
         for step in (1, 2, 3):

@@ -10,7 +10,7 @@ import torch
 
 from fastssl import config, methods
 from fastssl.schedule import Clock
-from fastssl.train import Training, to_device
+from fastssl.training import Training, to_device
 from pipelines.synthetic import SyntheticLoader
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()

@@ -9,7 +9,7 @@ from fastssl import checkpoint, config
 from fastssl.log import RunLog
 from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config
-from fastssl.train import Training, to_device
+from fastssl.training import Training, to_device
 from pipelines.synthetic import SyntheticLoader
 
 BATCH, STEPS_PER_EPOCH = 8, 2

@@ -9,6 +9,9 @@ import torch
 from fastssl import checkpoint, config, train
 from fastssl.log import read_metrics
 from fastssl.schedule import Clock
+from fastssl.stopping import StopRequest
+from fastssl.training import Training
+from shard_tools import exit_codes
 from tests.fastssl.runs import assert_same_state, finish, settings, start, state
 
 
@@ -48,12 +51,13 @@ def test_a_run_killed_mid_epoch_resumes_to_the_same_bits(tiny_shards, tmp_path, 
     script = """
 import os, signal, sys
 from fastssl import train
-real = train.Training.step
+from fastssl.training import Training
+real = Training.step
 def step(self, views, number, lr):
     if number == 9:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(self, views, number, lr)
-train.Training.step = step
+Training.step = step
 train.main(sys.argv[1:])
 """
     import subprocess
@@ -68,19 +72,19 @@ train.main(sys.argv[1:])
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_stops_and_the_rest_follows(tiny_shards, tmp_path, reference, monkeypatch, number):
-    real = train.Training.step
+    real = Training.step
 
     def step(self, views, at, lr):
         if at == 4:
             os.kill(os.getpid(), number)
         return real(self, views, at, lr)
 
-    handlers = [signal.getsignal(n) for n in train.StopRequest.SIGNALS]
+    handlers = [signal.getsignal(n) for n in StopRequest.SIGNALS]
     with monkeypatch.context() as patch:
-        patch.setattr(train.Training, "step", step)
-        assert run(tiny_shards, tmp_path) == train.STOPPED == 75
+        patch.setattr(Training, "step", step)
+        assert run(tiny_shards, tmp_path) == exit_codes.STOPPED == 75
     assert checkpoint.newest(tmp_path).name == "step-00000005"
-    assert [signal.getsignal(n) for n in train.StopRequest.SIGNALS] == handlers
+    assert [signal.getsignal(n) for n in StopRequest.SIGNALS] == handlers
     assert run(tiny_shards, tmp_path) == 0
     assert_same_state(tmp_path, reference)
 
@@ -110,7 +114,7 @@ def test_half_precision_trains_keeps_float32_state_and_resumes(tiny_shards, tmp_
 
 def test_an_overflowing_fp16_step_leaves_the_weights_and_lowers_the_scale(tiny_shards):
     cfg = config.load(settings(tiny_shards, "unused", "run.precision=fp16"))
-    training = train.Training.build(cfg, torch.device("cpu"), Clock(7, 8))
+    training = Training.build(cfg, torch.device("cpu"), Clock(7, 8))
     views = {r: [torch.randn(8, 3, 32, 32)] for r in ("query", "key")}
     training.scaler.scale(torch.zeros(()))  # creates the scale lazily
     training.scaler._scale.fill_(2.0**120)

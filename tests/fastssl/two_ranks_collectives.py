@@ -7,9 +7,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fastssl import config, dist, train
+from fastssl import config, dist
 from fastssl.nn.sync_batchnorm import SyncBatchNorm
 from fastssl.schedule import Clock
+from fastssl.training import Training, to_device
 from pipelines.synthetic import SyntheticLoader
 from tests.fastssl.test_host_waits import BATCH, FORMS, SMALL
 from tests.fastssl.test_moco import moco
@@ -39,14 +40,14 @@ class Collectives(TorchDispatchMode):
 def collectives_of_a_step(form):
     """Of the fourth step: the first two sort DDP's buckets."""
     cfg = config.load([*SMALL, *{**FORMS, **MORE_FORMS}[form]])
-    trained = train.Training.build(cfg, torch.device("cpu"), Clock(100, BATCH))
+    trained = Training.build(cfg, torch.device("cpu"), Clock(100, BATCH))
     loader = SyntheticLoader(
         cfg.view_specs(), batch_size=BATCH, rank=dist.rank(), world=dist.world(), channels=cfg.encoder.channels,
         output="float32",
     )  # fmt: skip
     for step, batch in zip(range(4), loader.batches()):
         with Collectives() as collectives:
-            trained.step(train.to_device(batch, cfg, trained.device), step, 0.01)
+            trained.step(to_device(batch, cfg, trained.device), step, 0.01)
     (trunk, *_), head = trained.method.encoders(), getattr(trained.method, "projection_head", torch.nn.Identity())
     norms = [m for part in (trunk, trunk, head) for m in part.modules() if isinstance(m, SyncBatchNorm)]
     return {
@@ -72,7 +73,7 @@ def dealt_and_gathered():
 if __name__ == "__main__":
     dist.setup("cpu")
     steps = {form: collectives_of_a_step(form) for form in [*FORMS, *MORE_FORMS]}
-    lately = dist.AnyRankLately()
+    lately = dist.LargestLately()
     answers = [lately(flag) for flag in (False, dist.rank() == 1, False, False)]
     norm = torch.nn.BatchNorm1d(2)
     norm.running_mean.fill_(dist.rank() + 5.0)

@@ -10,6 +10,7 @@ from fastssl.evaluate.online import OnlineProbe
 from fastssl.log import read_metrics
 from fastssl.schedule import Clock
 from fastssl.settings import OnlineConfig
+from fastssl.training import Training, to_device
 from tests.fastssl.runs import assert_same_state, finish, settings, start, state
 from tests.fastssl.test_presets import BATCH, METHODS, STEPS_PER_EPOCH, batches, tiny
 from tests.oracle import online as oracle
@@ -88,10 +89,10 @@ def test_forwards_in_eval_mode_and_later_ones_of_a_step_are_not_taken():
 def test_the_first_rows_of_a_methods_first_forward_are_one_view_of_the_batch_in_order(name):
     """What the probe relies on, for every preset."""
     cfg = tiny(f"method={name}")
-    training = train.Training.build(cfg, torch.device("cpu"), Clock(STEPS_PER_EPOCH, BATCH))
+    training = Training.build(cfg, torch.device("cpu"), Clock(STEPS_PER_EPOCH, BATCH))
     seen = []
     training.method.backbone().register_forward_pre_hook(lambda module, images: seen.append(images[0].clone()))
-    views = train.to_device(next(batches(cfg, 0)), cfg, training.device)
+    views = to_device(next(batches(cfg, 0)), cfg, training.device)
     training.step(views, 0, 0.01)
     everything = [view for parts in views.values() for view in parts]
     assert any(view.shape[1:] == seen[0].shape[1:] and torch.equal(seen[0][:BATCH], view) for view in everything)
