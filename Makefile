@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
 KERNEL := $(wildcard pipelines/native/*.[ch]) pipelines/native/build.py
 
-.PHONY: help setup demo test lint format bench clean
+.PHONY: help setup demo test faults lint format bench clean
 
 help:
 	@echo "make setup   environment with DALI and all development tools"
 	@echo "make demo    pack, train and evaluate on the CPU, with a report"
 	@echo "make test    the test suite"
+	@echo "make faults  every fault as often as promised, and the table in docs/reliability.md; hours"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   fastssl's loader beside eight others, on DATA=FOLDER of images; half an hour"
 
@@ -21,6 +22,10 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: $(VENV)/.dev
+	FASTSSL_FAULTS=full FASTSSL_RECORD_FAULTS=bench/results/faults.json $(BIN)/python -m pytest -m fault $(PYTEST_ARGS)
+	$(BIN)/python -m tests.faults.table
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

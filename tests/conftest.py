@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,10 +11,16 @@ import pytest
 import skimage
 from PIL import Image
 
+from tests.faults.record import Recorder
 from tests.shards import encode, write_split
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")  # CC0 or public domain, inside the wheel
 NUM_SAMPLES = 61  # odd, so that every batch size leaves a tail
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := os.environ.get("FASTSSL_RECORD_FAULTS"):
+        config.pluginmanager.register(Recorder(Path(path)), "fault-recorder")
 
 
 @pytest.fixture(scope="session", autouse=True)
