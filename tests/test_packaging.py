@@ -105,6 +105,7 @@ def test_settings_compose_from_any_folder_in_spite_of_decoys(place, command):
         "fastssl-export",
         "fastssl-detect",
         "fastssl-reconstructions",
+        "fastssl-submit",
     ],
 )
 def test_every_command_has_help(place, command):
