@@ -214,7 +214,7 @@ def marked(mark: str) -> list[int]:
 
 
 def chain(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
-    """What a rank was handed, in the order of its lives: step; ids; samples, a sha256 of the views and label of each."""
+    """What a rank was handed in the order of its lives: step; ids; samples, a sha256 of the views and label of each."""
     path = folder / f"rank-{rank}.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
