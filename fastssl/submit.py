@@ -149,7 +149,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self._torchrun: subprocess.Popen[bytes] | None = None
-        self._ended_by_slurm = False
+        self._ended_by_slurm = self._asked = False
 
     def __call__(self) -> int:
         """Ends with the run's own exit code, or with 0 where the run is queued again."""
@@ -206,7 +206,9 @@ class Job:
         self._hand_on()
 
     def _hand_on(self, *_: object) -> None:
-        if self._torchrun is not None and not self._has_ended():
+        """Once: a second signal would end the ranks where they are."""
+        if self._torchrun is not None and not self._asked and not self._has_ended():
+            self._asked = True
             os.kill(self._torchrun.pid, signal.SIGTERM)
 
     def _has_ended(self) -> bool:
