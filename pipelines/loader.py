@@ -28,7 +28,7 @@ from pipelines.renderer import Batch as Batch
 from pipelines.renderer import Renderer, Step
 from pipelines.views import ViewSpec
 from pipelines.views import normalize as normalize  # the other half of a uint8 batch, for the training side
-from shard_tools.manifest import Manifest, ShardError
+from shard_tools.manifest import Damaged, Manifest, ShardError
 
 ORDERS = ("global", "window")
 WINDOW = 16
@@ -279,7 +279,7 @@ def _check(manifest: Manifest, specs: Sequence[ViewSpec], threads: int, prefetch
     if prefetch < 1:
         raise ValueError(f"loader.prefetch is {prefetch}, but must be 1 or more")
     if faults := manifest.check_quick():
-        raise ShardError(
+        raise Damaged(
             f"{manifest.split} cannot be used: {'; '.join(faults)}. Restore these files, or pack the split again"
         )
     if manifest.bands:

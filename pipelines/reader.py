@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shard_tools.cache import OtherBytes, ShardCache
-from shard_tools.manifest import Manifest, ShardError
+from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.remote import RemoteFolder
 
 _MAX_OPEN = 512  # descriptors; the usual soft limit of a process is 1024
@@ -40,7 +40,7 @@ class Reader:
     """Reads samples of one split. `threads` bounds the reads in flight, which hide the latency of network storage.
 
     cache   of a remote split that is read in whole shards; None otherwise
-    index   of the manifest, mapped
+    index   of the manifest, in memory
     """
 
     def __init__(self, manifest: Manifest, threads: int = 8) -> None:
@@ -111,9 +111,7 @@ class Reader:
 
     def _fault(self, row: int, what: str) -> ShardError:
         where, folder = self._manifest.member_name(row), self._manifest.place
-        return ShardError(
-            f"{where} {what}; restore that shard, and run `shard_tools verify --full {folder}` for others"
-        )
+        return Damaged(f"{where} {what}; restore that shard, and run `shard_tools verify --full {folder}` for others")
 
 
 def neighbours(entries: npt.NDArray[np.void]) -> list[npt.NDArray[np.int64]]:

@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from shard_tools.disk import full_disk_explained, locked, partial_path
-from shard_tools.manifest import Manifest, ShardError, sha256_of
+from shard_tools.manifest import Damaged, Manifest, ShardError, sha256_of
 from shard_tools.remote import Access, RemoteFolder
 
 _READ_BYTES = 2**20
@@ -167,7 +167,7 @@ class ShardCache:
         )
 
 
-class OtherBytes(ShardError):
+class OtherBytes(Damaged):
     """A download that is not what the manifest says, twice."""
 
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from shard_tools import exit_codes
 from shard_tools.manifest import ShardError
 
 PARTIAL = ".partial"  # suffix of a file that is still being written
@@ -16,6 +17,14 @@ PARTIAL = ".partial"  # suffix of a file that is still being written
 
 class DiskFull(ShardError):
     """The disk, a quota or a size limit stopped a write; what was complete before is kept."""
+
+    exit_code = exit_codes.DISK_FULL
+
+
+class Locked(ShardError):
+    """Another process works on the same folder."""
+
+    exit_code = exit_codes.LOCKED
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -60,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold `folder` alone; the kernel lets go of it when the process ends, however it ends.
 
-    Raises ShardError if another process holds it and `wait` is not set.
+    Raises Locked if another process holds it and `wait` is not set.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -74,7 +83,7 @@ def _lock(descriptor: int, folder: Path, wait: bool) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise ShardError(f"another process is writing to {folder}; wait for it, or choose another folder") from None
+        raise Locked(f"another process is writing to {folder}; wait for it, or choose another folder") from None
     except OSError as error:
         if error.errno not in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
             raise  # NFS cannot lock folders: there, two packs into one split are the user's to avoid

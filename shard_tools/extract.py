@@ -14,7 +14,7 @@ import numpy as np
 from shard_tools import disk
 from shard_tools.foreign import read_payload
 from shard_tools.images import BadImage, inspect
-from shard_tools.manifest import Manifest, ShardError
+from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.tar import BLOCK, Member
 
 _MAX_NAME = 80  # characters of the original name that are kept
@@ -39,7 +39,7 @@ def read_image(manifest: Manifest, rows: np.ndarray, row: int) -> bytes:
     place = Member("", int(entry["offset"]), int(entry["size"]))
     payload = read_payload(manifest.shard_path(int(entry["shard"])), place)
     if zlib.crc32(payload) != entry["crc32"]:
-        raise ShardError(f"{manifest.member_name(row)} is damaged (its crc32 differs); restore the shard")
+        raise Damaged(f"{manifest.member_name(row)} is damaged (its crc32 differs); restore the shard")
     return payload
 
 

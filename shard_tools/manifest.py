@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from shard_tools import exit_codes
 
 if TYPE_CHECKING:
     from shard_tools.remote import Access, RemoteFolder
@@ -62,6 +66,12 @@ INDEX_DTYPE = np.dtype(
 
 class ShardError(ValueError):
     """Shards, or what should become shards, are not usable; the message is one sentence with the remedy."""
+
+
+class Damaged(ShardError):
+    """Files of a split that are not there as they were written."""
+
+    exit_code = exit_codes.DAMAGED
 
 
 @dataclass(frozen=True)
@@ -153,15 +163,23 @@ class Manifest:
         return self.bands or 3
 
     def index(self) -> np.ndarray:
-        """index.npy, memory-mapped and read-only; raises ShardError if it is missing or of another shape."""
-        return _open_array(self.root / INDEX_NAME, INDEX_DTYPE, (self.num_samples,), "index")
+        """index.npy, read-only; raises Damaged if it is missing or of another shape.
+
+        Read into memory, 36 bytes a sample: were it mapped, a file that is cut or unreadable later would end the
+        process by a signal, without a message.
+        """
+        (rows,) = _rows(*self._index_array(), [range(self.num_samples)])
+        return rows
+
+    def entry(self, row: int) -> np.void:
+        """One row of the index, without reading the others."""
+        (rows,) = _rows(*self._index_array(), [range(row, row + 1)])
+        return rows[0]
 
     def labels(self) -> np.ndarray:
-        """labels.npy of a multi-label split, int8 (num_samples, classes), memory-mapped; raises ShardError likewise."""
-        if not self.multi_label:
-            raise ShardError(f"{self.place} has no labels.npy of several classes a sample; pack it with such a source")
-        shape = (self.num_samples, len(self.classes or ()))
-        return _open_array(self.root / LABELS_NAME, np.dtype(np.int8), shape, "labels")
+        """labels.npy of a multi-label split, int8 (num_samples, classes), read-only; raises Damaged likewise."""
+        (rows,) = _rows(*self._labels_array(), [range(self.num_samples)])
+        return rows
 
     def shard_path(self, i: int) -> Path:
         """Shard i; of a remote split its copy in the cache, fetched and checked if it is not there."""
@@ -173,7 +191,7 @@ class Manifest:
 
     def member_name(self, row: int) -> str:
         """`train-000003.tar:000003017.jpg`: where sample `row` is, for messages; never raises for a damaged shard."""
-        entry = self.index()[row]
+        entry = self.entry(row)
         shard = int(entry["shard"])
         header = self._header_before(shard, int(entry["offset"]))
         return f"{self.shards[shard].name}:{_name_in(header) or f'{row:09d}'}"
@@ -202,7 +220,23 @@ class Manifest:
             "census": self.census,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        return (json.dumps(document, indent=1) + "\n").encode()
+        return _json({**document, "checksum": _checksum(document)})
+
+    def manifest_faults(self) -> list[str]:
+        """What loading manifest.json does not tell: that it is not, byte for byte, what was written."""
+        path, content = self.root / MANIFEST_NAME, self.to_bytes()
+        document = json.loads(content)
+        del document["checksum"]
+        same = path.read_bytes() in (content, _json(document))
+        return [] if same else [f"{path} is not as it was written; restore it, or pack the split again"]
+
+    def _index_array(self) -> tuple[Path, np.dtype, tuple[int, ...]]:
+        return self.root / INDEX_NAME, INDEX_DTYPE, (self.num_samples,)
+
+    def _labels_array(self) -> tuple[Path, np.dtype, tuple[int, ...]]:
+        if not self.multi_label:
+            raise ShardError(f"{self.place} has no labels.npy of several classes a sample; pack it with such a source")
+        return self.root / LABELS_NAME, np.dtype(np.int8), (self.num_samples, len(self.classes or ()))
 
     def _header_before(self, shard: int, offset: int) -> bytes:
         """The tar header that ends at byte `offset`, or what can be read of it."""
@@ -245,6 +279,15 @@ def splits(path: str | Path, access: Access | None = None) -> list[str]:
         raise ShardError(f"{folder / INFO_NAME} lists no splits ({error}); name one with its own URL") from None
 
 
+def _json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def _checksum(document: dict[str, Any]) -> str:
+    """Of all that manifest.json says; the digest is of what defines the data."""
+    return hashlib.sha256(_json({key: value for key, value in document.items() if key != "checksum"})).hexdigest()
+
+
 def _digest(manifest: Manifest) -> str:
     document = [
         FORMAT_VERSION,
@@ -272,7 +315,7 @@ def _locate(path: Path, split: str) -> Path:
 
 def _load(path: Path) -> Manifest:
     if path.stat().st_size > MAX_MANIFEST_BYTES:
-        raise ShardError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest; pack the split again")
+        raise Damaged(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, so not a manifest; pack the split again")
     return _read(path.read_bytes(), path, path.parent)
 
 
@@ -314,23 +357,29 @@ def _read(content: bytes, place: object, root: Path) -> Manifest:
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ShardError(f"{place} is not valid JSON ({error}); pack the split again") from None
+        raise Damaged(f"{place} is not valid JSON ({error}); restore it, or pack the split again") from None
+    if isinstance(document, dict) and document.get("format") != FORMAT:
+        raise ShardError(f"{place} is no manifest of shards (its format is not {FORMAT!r}); pack the split again")
+    if isinstance(document, dict) and document.get("version") != FORMAT_VERSION:
+        raise ShardError(
+            f"{place} is no manifest of version {FORMAT_VERSION} (its version is {document.get('version')!r});"
+            " use the release of fastssl that wrote it, or pack the split again"
+        )
     try:
         manifest, digest = _parse(document, root)
     except (KeyError, TypeError, ValueError) as error:
-        raise ShardError(
-            f"{place} is no manifest of version {FORMAT_VERSION} ({error}); pack the split again"
+        raise Damaged(
+            f"{place} is no manifest of version {FORMAT_VERSION} ({error}); restore it, or pack the split again"
         ) from None
-    if manifest.digest != digest:
-        raise ShardError(f"{place} was changed after packing (its digest does not match); pack the split again")
+    # the first packs had no checksum
+    if manifest.digest != digest or document.get("checksum", _checksum(document)) != _checksum(document):
+        raise Damaged(
+            f"{place} was changed after packing (its checksum does not match); restore it, or pack the split again"
+        )
     return manifest
 
 
 def _parse(document: Any, root: Path) -> tuple[Manifest, str]:
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"its format is not {FORMAT!r}")
-    if document.get("version") != FORMAT_VERSION:
-        raise ValueError(f"its version is {document.get('version')!r}")
     shards = tuple(_parse_shard(entry) for entry in _typed(document, "shards", list))
     if len({shard.name for shard in shards}) != len(shards):
         raise ValueError("a shard is listed twice")
@@ -413,21 +462,37 @@ def _plain_name(name: str) -> str:
     return name
 
 
-def _open_array(path: Path, dtype: np.dtype, shape: tuple[int, ...], what: str) -> np.ndarray:
-    """Map a .npy without NumPy's own reader, which would evaluate the header of a damaged or hostile file."""
-    descr, num_samples = dtype.descr if dtype.names else repr(dtype.str), shape[0]
+def _rows(path: Path, dtype: np.dtype, shape: tuple[int, ...], wanted: Iterable[range]) -> Iterator[np.ndarray]:
+    """Rows of a .npy without NumPy's own reader, which would evaluate the header of a damaged or hostile file."""
+    descr, num_rows, row_bytes = dtype.descr if dtype.names else repr(dtype.str), shape[0], _row_bytes(dtype, shape)
     head = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
     try:
         with path.open("rb") as file:
             start = file.read(_MAX_NPY_HEAD)
+            offset = 10 + int.from_bytes(start[8:10], "little")
+            if not start.startswith(b"\x93NUMPY\x01\x00") or start[10:offset].rstrip(b" \n") != head:
+                raise Damaged(
+                    f"{path} is no {path.stem} of {num_rows} rows, as its manifest says; pack the split again"
+                )
+            if not num_rows or os.fstat(file.fileno()).st_size != offset + num_rows * row_bytes:
+                raise Damaged(f"{path} does not hold {num_rows} rows, as its manifest says; pack the split again")
+            for part in wanted:
+                rows = np.empty((len(part), *shape[1:]), dtype)
+                file.seek(offset + part.start * row_bytes)
+                if file.readinto(rows.reshape(-1).view(np.uint8).data) != rows.nbytes:
+                    raise Damaged(f"{path} was cut while it was read; restore it, or pack the split again")
+                rows.flags.writeable = False
+                yield rows
     except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror}); restore it, or pack the split again") from None
-    offset = 10 + int.from_bytes(start[8:10], "little")
-    if not start.startswith(b"\x93NUMPY\x01\x00") or start[10:offset].rstrip(b" \n") != head:
-        raise ShardError(f"{path} is no {what} of {num_samples} rows, as its manifest says; pack the split again")
-    if not num_samples or path.stat().st_size != offset + int(np.prod(shape)) * dtype.itemsize:
-        raise ShardError(f"{path} does not hold {num_samples} rows, as its manifest says; pack the split again")
-    return np.memmap(path, dtype, "r", offset, shape)
+        raise Damaged(f"{path} cannot be read ({error.strerror}); restore it, or pack the split again") from None
+
+
+def _row_bytes(dtype: np.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * math.prod(shape[1:])
+
+
+def _pieces(num_rows: int) -> Iterator[range]:
+    return (range(first, min(first + _PIECE, num_rows)) for first in range(0, num_rows, _PIECE))
 
 
 def _name_in(header: bytes) -> str:
@@ -449,49 +514,51 @@ def _shard_faults(manifest: Manifest) -> Iterator[str]:
 
 
 def _index_faults(manifest: Manifest) -> Iterator[str]:
-    path = manifest.root / INDEX_NAME
+    """In pieces, so that the memory that this takes does not grow with the split."""
+    path, dtype, shape = manifest._index_array()
     try:
-        index = manifest.index()
+        wrong = list(_range_faults(manifest, _rows(path, dtype, shape, _pieces(manifest.num_samples)), path))
     except ShardError as error:
         yield str(error)
         return
     if sha256_of(path) != manifest.index_sha256:
         yield f"{path} is not the index that was packed with these shards (its sha256 differs)"
-    if len(index):
-        yield from _range_faults(manifest, index, path)
+    yield from wrong
 
 
 def _labels_faults(manifest: Manifest) -> Iterator[str]:
     if not manifest.multi_label:
         return
-    path = manifest.root / LABELS_NAME
+    path, dtype, shape = manifest._labels_array()
+    pieces = _rows(path, dtype, shape, _pieces(manifest.num_samples))
     try:
-        labels = manifest.labels()
+        are_labels = all(np.isin(labels, (-1, 0, 1)).all() for labels in pieces)
     except ShardError as error:
         yield str(error)
         return
     if sha256_of(path) != manifest.labels_sha256:
         yield f"{path} is not the labels that were packed with these shards (its sha256 differs)"
-    if not np.isin(labels, (-1, 0, 1)).all():
+    if not are_labels:
         yield f"{path} holds values other than -1, 0 and 1"
 
 
-def _range_faults(manifest: Manifest, index: np.ndarray, path: Path) -> Iterator[str]:
+def _range_faults(manifest: Manifest, pieces: Iterable[np.ndarray], path: Path) -> Iterator[str]:
+    """What is wrong with the rows of the index, which come in pieces."""
     num_bytes = np.array([entry.num_bytes for entry in manifest.shards], np.uint64)
     ends = np.cumsum([entry.num_samples for entry in manifest.shards])
-    if index["shard"].max() >= len(num_bytes):
-        yield f"{path} names shard {index['shard'].max()}, but there are only {len(num_bytes)}"
-        return
-    in_order = True
+    in_order, first = True, 0
     wrong: dict[str, tuple[int, int]] = {}  # what -> the first such row, how many
-    for first in range(0, len(index), _PIECE):
-        rows = np.array(index[first : first + _PIECE])
+    for rows in pieces:
+        if rows["shard"].max() >= len(num_bytes):
+            yield f"{path} names shard {rows['shard'].max()}, but there are only {len(num_bytes)}"
+            return
         expected = np.searchsorted(ends, np.arange(first, first + len(rows)), "right")
         in_order = in_order and bool((rows["shard"] == expected).all())
         for what, mask in _out_of_range(rows, num_bytes[rows["shard"]], len(manifest.classes or ())).items():
             if count := int(mask.sum()):
                 row, before = wrong.get(what, (first + int(mask.argmax()), 0))
                 wrong[what] = (row, before + count)
+        first += len(rows)
     if not in_order:
         yield f"{path} does not list the shards' samples in their order and number"
     for what, (row, count) in wrong.items():

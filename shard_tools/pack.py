@@ -30,7 +30,7 @@ from shard_tools.census import Census, counted, printable, readable, size_quanti
 from shard_tools.engines import Engine, local
 from shard_tools.images import BadImage, Prepared, Resize, prepare
 from shard_tools.journal import JOURNAL_NAME, Journal
-from shard_tools.manifest import INDEX_NAME, LABELS_NAME, MANIFEST_NAME, Manifest, ShardError, splits
+from shard_tools.manifest import INDEX_NAME, LABELS_NAME, MANIFEST_NAME, Damaged, Manifest, ShardError, splits
 from shard_tools.shards import Cut, Part, Piece, PieceWriter, Rejected, ShardCutter, build, is_whole, sample_of
 from shard_tools.sources import Item, Source
 
@@ -219,7 +219,7 @@ def _finished(dst: Path, split: str, fingerprint: str, options: PackOptions) -> 
     if manifest.source.get("fingerprint") != fingerprint or other_policy:
         raise ShardError(f"{folder} holds a pack of other files or options; choose another folder, or add --overwrite")
     if faults := manifest.check_quick():
-        raise ShardError(f"{faults[0]}; pack it again with --overwrite")
+        raise Damaged(f"{faults[0]}; pack it again with --overwrite")
     (folder / JOURNAL_NAME).unlink(missing_ok=True)
     with disk.locked(dst, wait=True):
         write_info(dst, manifest)

@@ -92,7 +92,7 @@ def test_the_digest_follows_the_data_and_not_the_place(packed: Path, tmp_path: P
 )
 def test_a_manifest_with_a_wrong_field_is_refused(packed: Path, changes: dict[str, Any]) -> None:
     rewrite(packed, **changes)
-    with pytest.raises(ShardError, match=r"is no manifest of version 1 \(.+\); pack the split again"):
+    with pytest.raises(ShardError, match=r"is no manifest of .+ \(.+\); .*pack the split again"):
         Manifest.load(packed)
 
 
