@@ -13,21 +13,19 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shard_tools import info
+from shard_tools import exit_codes, info
 from shard_tools.adopt import AdoptOptions, adopt
 from shard_tools.census import counted, table
-from shard_tools.disk import DiskFull
 from shard_tools.engines import Engine, local, on_cluster
 from shard_tools.extract import extract
 from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
-from shard_tools.manifest import Manifest, ShardError
+from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.pack import Packed, PackOptions, pack
 from shard_tools.remote import locate, shown
 from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, voc07, webdataset
 from shard_tools.verify import check, check_info, manifests_below
 
-EXIT_BAD_INPUT, EXIT_DISK_FULL, EXIT_INTERRUPTED = 2, 4, 130
 _MAX_LIST_BYTES = 256 * 2**20
 _KEY = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")  # a sample's number, or a range of them
 
@@ -49,22 +47,22 @@ _VAL_LABELS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 good, 2 bad input or data, 4 disk full, 130 interrupted."""
+    """Run one command and return its exit code, one of shard_tools/exit_codes.py."""
     args = _parser().parse_args(_out_apart(sys.argv[1:] if argv is None else argv))
     try:
         return args.run(args)
-    except DiskFull as error:
-        return _fail(error, EXIT_DISK_FULL)
-    except (ShardError, ValueError) as error:
-        return _fail(error, EXIT_BAD_INPUT)
+    except ValueError as error:  # ShardError among them
+        return _fail(error, exit_codes.code_of(error))
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted; run the same command again", EXIT_INTERRUPTED)
+        return _fail(str(interrupt) or "interrupted; run the same command again", exit_codes.INTERRUPTED)
     except BrokenPipeError:  # the reader of our output has seen enough, as in `shard_tools info DIR | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         where = error.filename or "a file"
-        return _fail(f"{where} cannot be used ({error.strerror}); check the path and its permissions", EXIT_BAD_INPUT)
+        return _fail(
+            f"{where} cannot be used ({error.strerror}); check the path and its permissions", exit_codes.BAD_INPUT
+        )
 
 
 def _fail(message: object, code: int) -> int:
@@ -182,16 +180,18 @@ def _verify(args: argparse.Namespace) -> int:
     manifests = manifests_below(args.dir)
     faults = check_info(args.dir, manifests)
     for manifest in manifests:
-        found = check(manifest, full=args.full, workers=args.workers)
+        found = check(manifest, full=args.full, decode=args.decode, workers=args.workers)
         faults += found
-        how = "hashes, structure and decoding" if args.full else "sizes and indexes; --full reads the images"
+        how = "sizes and indexes; --full reads every byte"
+        if args.full or args.decode:
+            how = "hashes, structure and decoding" if args.decode else "hashes and structure, of every byte"
         what = counted(len(found), "fault") if found else f"good ({how})"
         print(f"{_summary(manifest)}: {what}")
     for fault in faults:
         print(fault, file=sys.stderr)
     if faults:
         number = counted(len(faults), "fault")
-        raise ShardError(f"{shown(str(args.dir))} has {number}; restore the files named above, or pack the split again")
+        raise Damaged(f"{shown(str(args.dir))} has {number}; restore the files named above, or pack the split again")
     return 0
 
 
@@ -270,7 +270,7 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(exit_codes.BAD_INPUT)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -347,7 +347,11 @@ def _add_verify(commands: Any) -> None:
         commands, "verify", _verify, "check shards against their manifest", "shard_tools verify shards/ --full"
     )
     parser.add_argument("dir", metavar="DIR", type=_place, help="a packed data set, or one split of it; or its URL")
-    parser.add_argument("--full", action="store_true", help="read everything: hashes, tar structure, every image")
+    full = "read every byte: hashes, tar structure, labels; finds whatever changed since the pack"
+    parser.add_argument("--full", action="store_true", help=full)
+    decode = "also decode every image, which `pack` did before it stored them: needed only for images kept with"
+    decode += " --on-bad keep, or after another Pillow or libjpeg was installed"
+    parser.add_argument("--decode", action="store_true", help=decode)
     _add_workers(parser)
 
 

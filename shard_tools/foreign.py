@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,38 @@ from shard_tools.tar import Member, members
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp")
 _STAMP = "npy"  # an image only where the sample has no other: beside a photograph it is something else about it
+IMAGES = (*IMAGE_EXTENSIONS, _STAMP)
 _MAX_JSON_BYTES = 2**20
 _MAX_LABEL = 10**6
+_MAX_LABEL_BYTES = 21
+_NUMBER = re.compile(rb"\d{1,20}")
 _REPACK = "re-pack the shard"
 
 
 @dataclass
 class Sample:
-    """The members of one key by extension (lower case); `meta` is the content of .json, {} without one."""
+    """The members of one key by extension (lower case); `meta` is the content of .json, {} without one.
+
+    crc32   of those images that were read on the way, by extension
+    """
 
     key: str
     members: dict[str, Member] = field(default_factory=dict)
     label: int = -1
     meta: dict[str, Any] = field(default_factory=dict)
+    crc32: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def extension(self) -> str:
+        return next(extension for extension in IMAGES if extension in self.members)
 
     @property
     def image(self) -> Member:
-        return next(self.members[extension] for extension in (*IMAGE_EXTENSIONS, _STAMP) if extension in self.members)
+        return self.members[self.extension]
+
+
+# (sample, extension, member, most) -> the first `most` bytes of a member that is being passed
+Note = Callable[[Sample, str, Member, int], bytes]
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -45,12 +60,21 @@ def read_samples(path: Path) -> list[Sample]:
     and devices, paths that leave the folder, keys that reappear, doubled members, dots in keys, samples without an
     image or with a label that is no integer.
     """
-    samples = list(_grouped(path))
     with path.open("rb") as file:
-        for sample in samples:
-            _check_image(path, sample)
-            sample.meta = _meta(path, file.fileno(), sample)
-            sample.label = _label(path, file.fileno(), sample)
+
+        def note(sample: Sample, extension: str, member: Member, most: int) -> bytes:
+            return os.pread(file.fileno(), min(member.size, most), member.offset)
+
+        return samples_of(path, members(path), note)
+
+
+def samples_of(path: Path, members: Iterable[Member], note: Note) -> list[Sample]:
+    """As `read_samples`, of members from elsewhere, each of which is noted before the next one is asked for."""
+    samples = list(_grouped(path, members, note))
+    for sample in samples:
+        _check_image(path, sample)
+        if "cls" not in sample.members:
+            sample.label = _label_in(sample.meta)
     return samples
 
 
@@ -63,10 +87,10 @@ def read_payload(path: Path, member: Member) -> bytes:
         os.close(descriptor)
 
 
-def _grouped(path: Path) -> Iterator[Sample]:
+def _grouped(path: Path, members: Iterable[Member], note: Note) -> Iterator[Sample]:
     seen: set[str] = set()
     sample: Sample | None = None
-    for member in members(path):
+    for member in members:
         _check_path(path, member)
         folder, _, file_name = member.name.rpartition("/")
         stem, _, extension = file_name.partition(".")
@@ -80,9 +104,16 @@ def _grouped(path: Path) -> Iterator[Sample]:
                 raise ShardError(f"{path}: the members of {key!r} are not together; {_REPACK}")
             seen.add(key)
             sample = Sample(key)
-        if extension.lower() in sample.members:
+        extension = extension.lower()
+        if extension in sample.members:
             raise ShardError(f"{path}: {member.name!r} is there twice; {_REPACK}")
-        sample.members[extension.lower()] = member
+        sample.members[extension] = member
+        if extension in IMAGES:
+            note(sample, extension, member, 0)
+        elif extension == "json":
+            sample.meta = _meta(path, member, note(sample, extension, member, _MAX_JSON_BYTES))
+        elif extension == "cls":
+            sample.label = _class_number(path, member, note(sample, extension, member, _MAX_LABEL_BYTES))
     if sample is not None:
         yield sample
 
@@ -107,29 +138,27 @@ def _check_image(path: Path, sample: Sample) -> None:
     )
 
 
-def _meta(path: Path, descriptor: int, sample: Sample) -> dict[str, Any]:
-    member = sample.members.get("json")
-    if member is None:
-        return {}
+def _meta(path: Path, member: Member, content: bytes) -> dict[str, Any]:
     if member.size > _MAX_JSON_BYTES:
         raise ShardError(f"{path}: {member.name!r} has more than {_MAX_JSON_BYTES} bytes; {_REPACK}")
     try:
-        document = json.loads(os.pread(descriptor, member.size, member.offset))
+        document = json.loads(content)
     except (ValueError, RecursionError):
         raise ShardError(f"{path}: {member.name!r} is not valid JSON; {_REPACK}") from None
     return document if isinstance(document, dict) else {}
 
 
-def _label(path: Path, descriptor: int, sample: Sample) -> int:
-    """The integer of .cls, or of "label" or "cls" in .json; -1 where there is none."""
-    member = sample.members.get("cls")
-    if member is not None:
-        text = os.pread(descriptor, min(member.size, 21), member.offset).strip()
-        if not re.fullmatch(rb"\d{1,20}", text) or int(text) >= _MAX_LABEL:
-            raise ShardError(f"{path}: {member.name!r} holds {text!r}, not a class number; {_REPACK}")
-        return int(text)
+def _class_number(path: Path, member: Member, content: bytes) -> int:
+    number = content.strip()
+    if not _NUMBER.fullmatch(number) or int(number) >= _MAX_LABEL:
+        raise ShardError(f"{path}: {member.name!r} holds {number!r}, not a class number; {_REPACK}")
+    return int(number)
+
+
+def _label_in(meta: dict[str, Any]) -> int:
+    """The integer of "label" or "cls"; -1 where there is none."""
     for key in ("label", "cls"):
-        value = sample.meta.get(key)
+        value = meta.get(key)
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < _MAX_LABEL:
             return value
     return -1

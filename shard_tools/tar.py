@@ -5,6 +5,7 @@ The header is packed here and not by `tarfile`, whose output has changed between
 
 from __future__ import annotations
 
+import re
 import struct
 import tarfile
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ BLOCK = 512
 END = bytes(2 * BLOCK)
 
 # name, mode, uid, gid, size, mtime, checksum, type, linkname, magic, version, uname, gname, devmajor, devminor, prefix
+_OCTAL = re.compile(rb"[0-7]{11}")
+_CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
 _HEADER = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 6s 2s 32s 32s 8s 8s 155s 12x")
 
 
@@ -61,6 +64,22 @@ def member(name: str, payload: bytes) -> bytes:
 def member_bytes(size: int) -> int:
     """Bytes that a member with a payload of `size` takes."""
     return BLOCK + size + -size % BLOCK
+
+
+def plain_member(block: bytes, place: int) -> Member | None:
+    """The regular file whose header `block` is, at byte `place` of a tar; None for any header but POSIX's plain one.
+
+    What is None, `members` judges; what is not, it would give back as the same member.
+    """
+    size = block[124:135]
+    if len(block) != BLOCK or block[156:157] != b"0" or block[257:263] != b"ustar\0" or any(block[345:500]):
+        return None
+    if not _OCTAL.fullmatch(size) or block[135] not in b"\0 " or not _CHECKSUM.fullmatch(block[148:156]):
+        return None
+    if sum(block) - sum(block[148:156]) + 8 * 32 != int(block[148:154], 8):
+        return None
+    name = block[:100].partition(b"\0")[0]
+    return Member(name.decode(), place + BLOCK, int(size, 8)) if name.isascii() else None
 
 
 def members(path: Path) -> Iterator[Member]:

@@ -1,4 +1,4 @@
-"""Shards against their manifest: quick by sizes, index and `.idx`, or full by hashes, tar structure and decoding."""
+"""Shards against their manifest: quick by sizes, index and `.idx`, full by every byte, or with every image decoded."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from shard_tools.images import BadImage, inspect
 from shard_tools.journal import JOURNAL_NAME
 from shard_tools.manifest import MANIFEST_NAME, Manifest, Shard, ShardError, sha256_of, splits
 from shard_tools.remote import NotThere, is_url
+from shard_tools.stream import NotPlain, ShardStream
 from shard_tools.workers import in_order
 
 _MAX_FAULTS_PER_SHARD = 10
@@ -53,15 +55,20 @@ def check_info(path: Path | str, manifests: Sequence[Manifest]) -> list[str]:
     return [] if same else [f"{file} does not list the splits as their manifests do"]
 
 
-def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[str]:
+def check(manifest: Manifest, *, full: bool = False, decode: bool = False, workers: int = 1) -> list[str]:
     """All faults of one split, a sentence each; [] is good.
 
-    quick  every shard has its size, the index its hash and ranges, every .idx its hash; nothing is missing or too many
-    full   also every shard's sha256 and tar structure, and every image's crc32 and decoding
+    quick   every shard has its size, the index its hash and ranges, every .idx its hash; nothing is missing or too many
+    full    also every shard's sha256, tar structure and labels, and every image's crc32; each shard is read once
+    decode  also every image decodes, and is what the index says: true of bytes that are those packed, as `pack` and
+            `index` decode strictly, unless the code that decodes has changed
     """
     faults = manifest.check_quick()
-    faults += _remote_faults(manifest) if manifest.remote else [*_idx_faults(manifest), *_strangers(manifest)]
-    if not full:
+    if manifest.remote:
+        faults += _remote_faults(manifest)
+    else:
+        faults += [*manifest.manifest_faults(), *_idx_faults(manifest), *_strangers(manifest)]
+    if not (full or decode):
         return faults
     try:
         rows = manifest.index()
@@ -69,8 +76,15 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
         return faults
     labels = _labels(manifest)
     tasks = [
-        _Task(manifest.root / shard.name, shard, rows[rows["shard"] == number], first, labels, _alone(manifest, shard))
-        for number, (shard, first) in enumerate(zip(manifest.shards, _first_rows(manifest)))
+        _Task(
+            manifest.root / shard.name,
+            shard,
+            rows[first : first + shard.num_samples],
+            first,
+            None if labels is None else labels[first : first + shard.num_samples],
+            _alone(manifest, shard),
+        )
+        for shard, first in zip(manifest.shards, _first_rows(manifest))
         if manifest.remote or _has_size(manifest.root / shard.name, shard.num_bytes)
     ]
     bad = manifest.census.get("bad", [])
@@ -78,6 +92,7 @@ def check(manifest: Manifest, *, full: bool = False, workers: int = 1) -> list[s
         adopted=manifest.source.get("kind") == ADOPTED,
         labelled=manifest.labelled,
         bands=manifest.bands,
+        decode=decode,
         kept=frozenset(entry["row"] for entry in bad if entry.get("action") == "kept"),
         quarantined=frozenset(entry["name"] for entry in bad if entry.get("action") == "quarantined"),
         classes=manifest.classes or (),
@@ -162,7 +177,7 @@ def _first_rows(manifest: Manifest) -> list[int]:
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard to be read: its rows of the index, the first of which is row number `first`; the split's labels.npy.
+    """One shard to be read: its rows of the index, the first of which is row number `first`, and of labels.npy.
 
     remote  of a remote split, its manifest with this shard alone: the path is where the cache puts a copy
     """
@@ -182,6 +197,7 @@ class _Rules:
     adopted: bool
     labelled: bool
     bands: int
+    decode: bool
     kept: frozenset[int]
     quarantined: frozenset[str]
     classes: tuple[str, ...]
@@ -201,38 +217,71 @@ def _check_shard(rules: _Rules, task: _Task) -> list[str]:
 
 def _shard_faults(rules: _Rules, task: _Task) -> list[str]:
     faults = []
-    if sha256_of(task.path) != task.shard.sha256:
-        faults.append(f"{task.path} is not the shard that was packed (its sha256 differs)")
     try:
-        samples = read_samples(task.path)
-    except ShardError as error:
-        return [*faults, str(error)]
-    samples = [s for s in samples if f"{task.path.name}:{s.image.name}" not in rules.quarantined]
+        found, digest = _read(task.path)
+    except OSError as error:
+        return [f"{task.path} cannot be read ({error.strerror}); restore it"]
+    if digest != task.shard.sha256:
+        faults.append(f"{task.path} is not the shard that was packed (its sha256 differs)")
+    if isinstance(found, ShardError):
+        return [*faults, str(found)]
+    samples = [s for s in found if f"{task.path.name}:{s.image.name}" not in rules.quarantined]
     if len(samples) != len(task.rows):
         return [*faults, f"{task.path} holds {len(samples)} samples, but its index {len(task.rows)}"]
-    idx = index.idx_bytes([idx_line(sample) for sample in samples])
-    if (task.path.with_name(task.shard.idx_name)).read_bytes() != idx:
-        faults.append(f"{task.path.with_name(task.shard.idx_name)} does not describe {task.path.name}")
-    for number, (sample, row) in enumerate(zip(samples, task.rows), start=task.first):
-        what = _sample_fault(rules, task.path, sample, row, number)
+    idx_path = task.path.with_name(task.shard.idx_name)
+    if not idx_path.is_file() or idx_path.read_bytes() != index.idx_bytes([idx_line(sample) for sample in samples]):
+        faults.append(f"{idx_path} does not describe {task.path.name}")
+    for place, (sample, row) in enumerate(zip(samples, map(_Row._make, task.rows.tolist()))):
+        what = _sample_fault(rules, task.path, sample, row, task.first + place)
         if not what and task.labels is not None:
-            what = _labels_fault(rules, sample, task.labels[number])
+            what = _labels_fault(rules, sample, task.labels[place])
         if what:
             faults.append(f"{task.path.name}:{sample.image.name} {what}")
     return faults
 
 
-def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: np.void, number: int) -> str:
+def _read(path: Path) -> tuple[list[Sample] | ShardError, str]:
+    """The shard's samples, or what is wrong with its structure, and its sha256. Raises OSError."""
+    found: list[Sample] | ShardError | None = None
+    with ShardStream(path) as stream:
+        try:
+            found = stream.samples()
+        except ShardError as error:
+            found = error
+        except NotPlain:
+            pass
+        digest = stream.sha256()
+    if found is None:
+        try:
+            found = read_samples(path)
+        except ShardError as error:
+            found = error
+    return found, digest
+
+
+class _Row(NamedTuple):
+    """As INDEX_DTYPE."""
+
+    shard: int
+    offset: int
+    size: int
+    label: int
+    crc32: int
+    width: int
+    height: int
+
+
+def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: _Row, number: int) -> str:
     """What is wrong with one sample, or ""."""
     image = sample.image
-    if (image.offset, image.size, sample.label) != (row["offset"], row["size"], row["label"]):
+    if (image.offset, image.size, sample.label) != (row.offset, row.size, row.label):
         return f"has another place, size or label than row {number} of the index"
-    payload = read_payload(path, image)
-    if zlib.crc32(payload) != row["crc32"]:
+    payload = read_payload(path, image) if rules.decode or sample.extension not in sample.crc32 else b""
+    if (zlib.crc32(payload) if payload else sample.crc32.get(sample.extension, 0)) != row.crc32:
         return "is damaged (its crc32 differs)"
     if not rules.adopted and (fault := _name_fault(rules, sample, row, number)):
         return fault
-    if number in rules.kept:
+    if not rules.decode or number in rules.kept:
         return ""
     try:
         facts = inspect(payload)
@@ -240,7 +289,7 @@ def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: np.void, numbe
         return f"is no good image ({bad})"
     if facts.bands != rules.bands:
         return f"has {facts.bands} bands, but the manifest says {rules.bands}"
-    return "" if (facts.width, facts.height) == (row["width"], row["height"]) else "has other dimensions than its row"
+    return "" if (facts.width, facts.height) == (row.width, row.height) else "has other dimensions than its row"
 
 
 def _labels_fault(rules: _Rules, sample: Sample, row: np.ndarray) -> str:
@@ -249,10 +298,11 @@ def _labels_fault(rules: _Rules, sample: Sample, row: np.ndarray) -> str:
     return "" if sample.meta.get("labels") == expected else "has other labels in its metadata than in labels.npy"
 
 
-def _name_fault(rules: _Rules, sample: Sample, row: np.void, number: int) -> str:
+def _name_fault(rules: _Rules, sample: Sample, row: _Row, number: int) -> str:
     """Packed members are called after their row, and carry what the contract says."""
-    extensions = {sample.image.name.rpartition(".")[2], "json"} | ({"cls"} if rules.labelled else set())
-    if {member.name for member in sample.members.values()} != {f"{number:09d}.{e}" for e in extensions}:
+    extensions = [sample.image.name.rpartition(".")[2], "json", *(["cls"] if rules.labelled else [])]
+    name = f"{number:09d}."
+    if {member.name for member in sample.members.values()} != {name + extension for extension in extensions}:
         return f"is not what row {number} should be called, or has other members"
     size = (sample.meta.get("width"), sample.meta.get("height"))
-    return "" if size == (row["width"], row["height"]) else f"has another size in its metadata: {json.dumps(size)}"
+    return "" if size == (row.width, row.height) else f"has another size in its metadata: {json.dumps(size)}"
