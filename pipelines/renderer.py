@@ -18,8 +18,10 @@ from pipelines.draw import draw_view
 from pipelines.order import Order
 from pipelines.reader import Part, Reader, whole
 from pipelines.views import ViewSpec, by_role, flatten
+from shard_tools.headers import Refused, size_of
 from shard_tools.manifest import Manifest, ShardError
 
+_REMEDY = "pack the data again with --on-bad quarantine"
 _READ_THREADS = 8  # they wait for storage rather than work, so they are not counted among the cores
 
 
@@ -92,7 +94,7 @@ class Renderer:
             decode=decode,
         )
         self.reader = Reader(manifest, _READ_THREADS)
-        self._index = self.reader.index  # one mapping: what is touched of each counts as resident
+        self._index = self.reader.index  # 36 bytes a sample: not twice
         self._in_backend: deque[_Pending] = deque()
         # Collected out of turn, because a batch before them has to be rendered again.
         self._collected: deque[tuple[_Pending, list[Tensor] | DecodeError]] = deque()
@@ -120,14 +122,30 @@ class Renderer:
         yield from started
 
     def _pending(self, step: int, epoch: int, rows: Order, images: Sequence[bytes | ShardError]) -> _Pending:
-        """The batch to render, with replacements for samples that could not be read."""
-        faults = {i: str(image) for i, image in enumerate(images) if isinstance(image, ShardError)}
-        files = (
-            [b"" if isinstance(image, ShardError) else image for image in images] if self._replace else whole(images)
-        )
-        pending = _Pending(step, epoch, rows, rows.copy(), files, {}, [])
+        """The batch to render, with replacements for samples that could not be read or must not be decoded."""
+        files = list(images) if self._replace else whole(images)
+        faults = self._faults(rows, files)
+        if faults and not self._replace:
+            raise DecodeError(faults)
+        kept = [b"" if isinstance(file, ShardError) else file for file in files]
+        pending = _Pending(step, epoch, rows, rows.copy(), kept, {}, [])
         self._replace_samples(pending, faults)
         return pending
+
+    def _faults(self, rows: Order, files: Sequence[bytes | ShardError]) -> dict[int, str]:
+        """What no backend gets to see: place in the batch -> why.
+
+        An image whose header does not claim the size that its row has is none of those that were packed. Rows are
+        known to be of possible sizes, so nothing grows beyond them, and a bomb costs no more than its header.
+        """
+        faults = {}
+        sizes = self._index[rows][["width", "height"]].tolist()
+        for i, (file, size) in enumerate(zip(files, sizes, strict=True)):
+            if isinstance(file, ShardError):
+                faults[i] = str(file)
+            elif not self._manifest.bands and (what := _header_fault(file, size)):
+                faults[i] = f"{self._manifest.member_name(int(rows[i]))} cannot be decoded ({what}); {_REMEDY}"
+        return faults
 
     def _submit(self, pending: _Pending) -> None:
         rows, epoch = pending.rows, pending.epoch
@@ -176,8 +194,8 @@ class Renderer:
             row = replacement(self._seed, pending.epoch, planned, attempt, self._manifest.num_samples)
             pending.rows[i] = row
             ((image,),) = [part.result() for part in self.reader.request(np.array([row]))]
-            if isinstance(image, ShardError):
-                waiting[i] = str(image)
+            if unfit := self._faults(np.array([row]), [image]):
+                waiting[i] = unfit[0]
             else:
                 pending.images[i] = image
 
@@ -188,6 +206,17 @@ class Renderer:
             self._in_backend.popleft()
             with contextlib.suppress(Exception):
                 self._backend.collect()
+
+
+def _header_fault(file: bytes, size: tuple[int, int]) -> str:
+    """Why the file must not be decoded, "" if it may be."""
+    try:
+        claimed = size_of(file)
+    except Refused as refused:
+        return str(refused)
+    if claimed == size:
+        return ""
+    return f"its header claims {claimed[0]} x {claimed[1]} px, but its index {size[0]} x {size[1]}"
 
 
 class _Names(Sequence[str]):

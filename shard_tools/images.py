@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from shard_tools import stamps
+from shard_tools import headers, stamps
 from shard_tools.manifest import MAX_MEMBER_BYTES, MAX_PIXELS, ShardError
 
 # Pillow's name of a format -> extension of the member. MPO is a JPEG with further pictures behind the first.
@@ -135,7 +135,7 @@ def _open(data: bytes, caught: list[warnings.WarningMessage]) -> tuple[Image.Ima
     if len(data) > MAX_MEMBER_BYTES:
         raise BadImage(f"the file is larger than {MAX_MEMBER_BYTES} bytes")
     try:
-        image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG", "WEBP", "BMP"))
+        image = Image.open(io.BytesIO(data), formats=headers.FORMATS)
     except UnidentifiedImageError:
         raise BadImage(_what_else(data)) from None
     except Exception as error:
@@ -145,6 +145,11 @@ def _open(data: bytes, caught: list[warnings.WarningMessage]) -> tuple[Image.Ima
         raise BadImage(f"{width}x{height} px are more than {MAX_PIXELS}, a decompression bomb")
     if width < 1 or height < 1 or image.format not in EXTENSIONS:
         raise BadImage(f"a {image.format} of {width}x{height} px")
+    try:
+        if headers.size_of(data) != image.size:
+            raise BadImage("its header has two sizes")
+    except headers.Refused as refused:
+        raise BadImage(str(refused)) from None
     orientation, corrupt = _exif(image, caught)
     return image, Facts(EXTENSIONS[image.format], width, height, image.mode, orientation, corrupt)
 

@@ -6,8 +6,9 @@ import hashlib
 import io
 import tarfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from PIL import Image
@@ -32,8 +33,12 @@ def write_split(
     *,
     shard_size: int = 20,
     split: str = "train",
+    sizes: Mapping[int, tuple[int, int]] = MappingProxyType({}),
 ) -> Manifest:
-    """Pack `files`, pairs of (suffix, bytes), in their order; what Pillow cannot open is listed as 64 x 64 px."""
+    """Pack `files`, pairs of (suffix, bytes), in their order; what Pillow cannot open is listed as 64 x 64 px.
+
+    sizes   what the index says of some samples, whatever their headers claim
+    """
     folder = root / split
     folder.mkdir(parents=True)
     index = np.zeros(len(files), INDEX_DTYPE)
@@ -46,7 +51,7 @@ def write_split(
             offsets = {member.name: member.offset_data for member in tar}
         for row in rows:
             suffix, payload = files[row]
-            width, height = _size(payload)
+            width, height = sizes[row] if row in sizes else _size(payload)
             label = -1 if labels is None else labels[row]
             offset = offsets[f"{row:09d}.{suffix}"]
             index[row] = (len(shards), offset, len(payload), label, zlib.crc32(payload), width, height)

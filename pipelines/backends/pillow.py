@@ -8,12 +8,13 @@ import re
 from PIL import Image
 
 from pipelines.backends import DecodeError, Job
+from shard_tools.headers import FORMATS
 
 
 def decode(job: Job, i: int) -> Image.Image:
     """Sample i as `Image.open(...).convert("RGB")` gives it; an EXIF orientation is not applied. Raises DecodeError."""
     try:
-        image = Image.open(io.BytesIO(job.images[i]))
+        image = Image.open(io.BytesIO(job.images[i]), formats=FORMATS)
         image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except Exception as error:  # Pillow's plugins raise OSError, SyntaxError, ValueError, struct.error, ...
