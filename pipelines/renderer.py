@@ -103,7 +103,13 @@ class Renderer:
         self._discard()
         for step, epoch, rows, reading in self._read_ahead(plan):
             images = [image for part in reading for image in part.result()]
-            self._submit(self._pending(step, epoch, rows, images))
+            try:
+                pending = self._pending(step, epoch, rows, images)
+            except (DecodeError, ShardError):  # the batches before are good
+                while self._in_backend or self._collected:
+                    yield self._collect()
+                raise
+            self._submit(pending)
             if len(self._in_backend) + len(self._collected) == self._depth:
                 yield self._collect()
         while self._in_backend or self._collected:

@@ -17,6 +17,12 @@ from shard_tools.manifest import ShardError
 BLOCK = 512
 END = bytes(2 * BLOCK)
 
+_MAX_RECORD_BYTES = 2**16  # of long names or pax headers; the longest path of Linux has 4,096
+_LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_RECORDS = (*_LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+# Python before 3.11.10 takes the square of a run of digits to look for a pax header's encoding (CVE-2024-6232).
+_LONG_NUMBER = re.compile(rb"\d{1024}")
+
 # name, mode, uid, gid, size, mtime, checksum, type, linkname, magic, version, uname, gname, devmajor, devminor, prefix
 _OCTAL = re.compile(rb"[0-7]{11}")
 _CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
@@ -90,7 +96,7 @@ def members(path: Path) -> Iterator[Member]:
     shards gives back as they went in.
     """
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=_Bounded) as archive:
             reached = 0
             for entry in archive:
                 if entry.offset_data < max(reached, BLOCK) or entry.size < 0:
@@ -106,10 +112,28 @@ def members(path: Path) -> Iterator[Member]:
             _check_end(path, archive.offset, reached)
     except tarfile.TarError as error:
         raise ShardError(f"{path} is not a readable, uncompressed tar ({error}); restore or re-pack it") from None
-    except (MemoryError, OverflowError, RecursionError):
+    except ShardError:
+        raise
+    except (MemoryError, OverflowError, RecursionError, ValueError):  # of sizes beyond what a file can have, and text
         raise ShardError(f"{path} has an impossible header; restore or re-pack it") from None
     except OSError as error:
         raise ShardError(f"{path} cannot be read ({error.strerror or error}); restore it") from None
+
+
+class _Bounded(tarfile.TarInfo):
+    """A header whose records, long names and pax's, are read only where they are no larger than names can be."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _RECORDS:
+            if not 0 <= self.size <= _MAX_RECORD_BYTES:
+                raise tarfile.SubsequentHeaderError(f"a header with {self.size} bytes of names")
+            assert archive.fileobj is not None
+            start = archive.fileobj.tell()
+            content = archive.fileobj.read(self.size)
+            archive.fileobj.seek(start)
+            if self.type not in _LONG_NAMES and (_LONG_NUMBER.search(content) or b"GNU.sparse" in content):
+                raise tarfile.SubsequentHeaderError("a header with an impossible number, or of a sparse file")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 def _check_end(path: Path, offset: int, reached: int) -> None:

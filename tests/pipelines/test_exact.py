@@ -176,7 +176,7 @@ def test_one_view_is_one_decode(monkeypatch, tiny_files):
     specs = [ViewSpec("query", 16, count=4, augment=MOCO_V2)]
     sizes = np.array([original(io.BytesIO(payload)).size for payload in files])
     draws = [draw_view(s, v, 0, 0, np.arange(6), sizes[:, 0], sizes[:, 1]) for v, s in flatten(specs)]
-    monkeypatch.setattr(Image, "open", lambda file: opened.append(1) or original(file))
+    monkeypatch.setattr(Image, "open", lambda file, **how: opened.append(1) or original(file, **how))
     backend = make("exact", specs, 6, device="cpu", threads=1, output="uint8", depth=1)
     backend.submit(Job(files, draws, [""] * 6))
     backend.collect()
