@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastssl import __version__, checkpoint, config, dist
+from fastssl import __version__, checkpoint, config, dist, run_lock
 from fastssl.evaluate.online import online_probe
 from fastssl.log import RunLog
 from fastssl.methods import Method
@@ -67,7 +67,7 @@ def run(cfg: Config) -> int:
     device = dist.setup(cfg.run.device)
     set_threads(cfg, device)
     run_dir, manifest = Path(cfg.run.dir), cfg.data.manifest()
-    with open_loader(cfg, manifest, device) as loader:
+    with open_loader(cfg, manifest, device) as loader, run_lock.held(run_dir):
         clock = Clock(loader.steps_per_epoch, cfg.run.batch_size)
         total = clock.steps(cfg.run.duration, "run.duration")
         until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
@@ -239,11 +239,14 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
             " run.dir"
         )
     state = checkpoint.restore(Path(str(folder)), training.method, training.device)
-    training.optimizer.load_state_dict(state["optimizer"])
-    training.scaler.load_state_dict(state["scaler"])
-    if training.probe and "online" in state:
-        training.probe.load_state_dict(state["online"])
-    return int(meta["step"]), training.method.load_rank_state(checkpoint.load_rank_state(Path(str(folder))))
+    with checkpoint.fitting(Path(str(folder)), "training.pt"):
+        training.optimizer.load_state_dict(state["optimizer"])
+        training.scaler.load_state_dict(state["scaler"])
+        if training.probe and "online" in state:
+            training.probe.load_state_dict(state["online"])
+    with checkpoint.fitting(Path(str(folder)), "rank-*.pt"):
+        lost = training.method.load_rank_states(checkpoint.load_rank_states(Path(str(folder))))
+    return int(meta["step"]), lost
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.

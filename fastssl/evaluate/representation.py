@@ -122,7 +122,7 @@ def training_view(task: Task) -> ViewSpec | None:
     if run == Path():
         return None
     folder = checkpoint.find(run.parent if run.is_file() else run)
-    trained = convert(Config, checkpoint.load_meta(folder)["config"]).view_specs()
+    trained = convert(Config, checkpoint.load_settings(folder)).view_specs()
     return dataclasses.replace(trained[0], role="pair", count=2, same_as="")
 
 

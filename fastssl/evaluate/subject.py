@@ -38,7 +38,7 @@ class Subject:
 
 def load_subject(cfg: EvaluateConfig) -> Subject:
     """Raises CheckpointError or ValueError, with the remedy, if there is no such checkpoint or it does not fit."""
-    like = checkpoint.load_meta(checkpoint.find(_folder(cfg.like)))["config"] if cfg.like else {}
+    like = checkpoint.load_settings(checkpoint.find(_folder(cfg.like))) if cfg.like else {}
     if cfg.checkpoint == "pixels":
         channels = (like.get("encoder") or dataclasses.asdict(cfg.encoder)).get("channels", 3)
         return Subject(RawPixels(channels=channels).eval(), "raw pixels at 16 x 16", None, None, _view(cfg, like))
@@ -58,7 +58,7 @@ def load_subject(cfg: EvaluateConfig) -> Subject:
 
 def is_foreign(path: Path) -> bool:
     """Whether `path` is a weight file by itself, and not the model.pt of a checkpoint folder."""
-    return path.is_file() and not (path.parent / "meta.json").is_file()
+    return path.is_file() and not any((path.parent / name).exists() for name in ("meta.json", checkpoint.SUMS))
 
 
 def _foreign(cfg: EvaluateConfig, like: dict[str, Any]) -> Subject:

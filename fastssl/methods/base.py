@@ -66,10 +66,10 @@ class Method(nn.Module):
         """What differs by rank and has to be saved by each; such buffers are not persistent."""
         return {}
 
-    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> str | None:
-        """At a resume: this rank's own state, or None if it was saved by another number of ranks and cannot be had.
+    def load_rank_states(self, states: Sequence[Mapping[str, Tensor]]) -> str | None:
+        """At a resume: take this rank's part of what `rank_state` gave on every rank of the life before, in rank order.
 
-        Returns a sentence for the log if that costs something.
+        There may have been another number of ranks. Returns a sentence for the log if something is lost by that.
         """
         return None
 

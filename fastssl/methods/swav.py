@@ -189,17 +189,31 @@ class Swav(Method):
     def rank_state(self) -> dict[str, Tensor]:
         return {"queue": self.queue, "num_queued": torch.tensor(self.num_queued)} if self.queue.shape[1] else {}
 
-    def load_rank_state(self, state: Mapping[str, Tensor] | None) -> str | None:
-        if state is None and self.queue.shape[1]:
+    def load_rank_states(self, states: Sequence[Mapping[str, Tensor]]) -> str | None:
+        if not self.queue.shape[1]:
+            return None
+        own = self._own_queue([Queue(s["queue"], int(s["num_queued"])) for s in states])
+        if own is None:
             steps = self.queue.shape[1] * dist.world() // self.clock.batch_size
             return (
-                "the queue is each rank's own, and another number of ranks saved it; it starts empty, "
-                f"and codes do without it until {steps} steps have filled it"
+                f"the queues of the {len(states)} ranks before cannot be dealt to {dist.world()}; the queue starts "
+                f"empty, and codes do without it until {steps} steps have filled it"
             )
-        if state:
-            self.queue.copy_(state["queue"])
-            self.num_queued = int(state["num_queued"])
+        self.queue.copy_(own.rows)
+        self.num_queued = own.filled
         return None
+
+    def _own_queue(self, queues: Sequence[Queue]) -> Queue | None:
+        """This rank's part of what all ranks of the life before held; None if ranks cannot have it in equal steps."""
+        world, batch = dist.world(), self.clock.batch_size
+        if len(queues) == world:
+            return queues[dist.rank()]
+        length, filled, share = queues[0].rows.shape[1], queues[0].filled, batch // len(queues)
+        alike = all((queue.rows.shape[1], queue.filled) == (length, filled) for queue in queues)
+        whole_steps = share * len(queues) == batch and length % share == filled % share == batch % world == 0
+        if not alike or not whole_steps or length * len(queues) != self.queue.shape[1] * world:
+            return None
+        return Queue(redealt([q.rows for q in queues], batch, world)[dist.rank()], filled * len(queues) // world)
 
     def advice(self) -> list[str]:
         asked, batch, prototypes = self.config.queue_length, self.clock.batch_size, self.config.num_prototypes
@@ -216,3 +230,12 @@ class Swav(Method):
                 f"that Sinkhorn cannot use every prototype; take fewer prototypes or a longer method.queue_length"
             )
         return sentences
+
+
+def redealt(rows: Sequence[Tensor], batch_size: int, world: int) -> Tensor:
+    """Rows (2, L, C) of each of W queues in rank order -> (world, 2, L W / world, C), as `world` ranks would hold them.
+
+    A step puts batch_size / W rows of each rank in front, which together are the rows of its global batch, in order.
+    """
+    steps = torch.stack([own.unflatten(1, (-1, batch_size // len(rows))) for own in rows], 2)  # (2, steps, W, B, C)
+    return steps.flatten(2, 3).unflatten(2, (world, -1)).movedim(2, 0).flatten(2, 3)

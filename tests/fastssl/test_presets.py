@@ -94,7 +94,7 @@ def test_a_preset_trains_and_resumes_to_the_same_bits(preset, tmp_path):
     saved = checkpoint.restore(folder, resumed.method, torch.device("cpu"))
     resumed.optimizer.load_state_dict(saved["optimizer"])
     resumed.scaler.load_state_dict(saved["scaler"])
-    assert resumed.method.load_rank_state(checkpoint.load_rank_state(folder)) is None
+    assert resumed.method.load_rank_states(checkpoint.load_rank_states(folder)) is None
     train(cfg, resumed, 2, 3)
     ours, theirs = everything(once), everything(resumed)
     assert ours.keys() == theirs.keys()

@@ -17,7 +17,8 @@ from fastssl import checkpoint, config, train
 from fastssl.log import read_metrics
 from fastssl.losses import sinkhorn, swapped_prediction, usage_entropy
 from fastssl.methods import RunFacts, build_method
-from fastssl.methods.swav import Queue, SwavConfig
+from fastssl.methods import swav as swav_module
+from fastssl.methods.swav import Queue, SwavConfig, redealt
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.schedule import Clock, learning_rate
@@ -581,8 +582,55 @@ def test_half_precision_starts_near_float32_and_stays_finite(tiny_shards, tmp_pa
     assert np.isfinite(losses[precision]).all()
 
 
+def queues_after(steps, batch, length, world):
+    """The plain model: a deque a rank; a step puts its rank's part of the global batch in front. Row = its number."""
+    queues = [collections.deque(maxlen=length // world) for _ in range(world)]
+    for step in range(steps):
+        for rank, queue in enumerate(queues):
+            first, share = step * batch + rank * (batch // world) + 1, batch // world
+            queue.extendleft(range(first + share - 1, first - 1, -1))
+    return [list(queue) for queue in queues]
+
+
+def held(queue, length):
+    """The plain queue as a method's tensors: 2 views, width 3, zeros where nothing is yet."""
+    rows = torch.tensor(queue + [0] * (length - len(queue)), dtype=torch.float32)
+    return {"queue": torch.stack([rows, -rows])[..., None].repeat(1, 1, 3), "num_queued": torch.tensor(len(queue))}
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 2), (2, 1), (4, 2), (2, 4), (1, 4), (4, 1), (8, 2), (2, 2), (3, 6)])
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, 9])
+def test_a_queue_dealt_to_other_ranks_is_what_they_would_have_gathered(monkeypatch, before, now, steps):
+    batch, length = 24, 120  # five steps fill it
+    states = [held(queue, length // before) for queue in queues_after(steps, batch, length, before)]
+    for rank, expected in enumerate(queues_after(steps, batch, length, now)):
+        monkeypatch.setattr(swav_module.dist, "world", lambda: now)
+        monkeypatch.setattr(swav_module.dist, "rank", lambda rank=rank: rank)
+        own = swav(torch.float32, batch, dim=3, queue_length=length, batch_norm="plain")
+        assert own.load_rank_states(states) is None
+        want = held(expected, length // now)
+        assert torch.equal(own.queue, want["queue"])
+        assert int(own.num_queued) == len(expected)
+
+
+def test_queues_of_unequal_ranks_cannot_be_dealt_and_the_sentence_says_what_that_costs(monkeypatch):
+    states = [held(list(range(1, 5)), 8), held(list(range(1, 9)), 8)]
+    own = swav(torch.float32, 8, dim=3, queue_length=16)
+    said = own.load_rank_states(states)
+    assert said is not None
+    assert said.startswith("the queues of the 2 ranks before cannot be dealt to 1; the queue starts empty")
+    assert said.endswith("until 2 steps have filled it")
+    assert int(own.num_queued) == 0
+    assert not own.queue.any()
+
+
+def test_one_rank_deals_to_itself_what_it_has():
+    rows = torch.randn(2, 12, 3)
+    assert torch.equal(redealt([rows], 4, 1)[0], rows)
+
+
 @pytest.mark.dist
-def test_two_ranks_resume_exactly_and_one_rank_starts_an_empty_queue(tiny_shards, tmp_path, capsys):
+def test_two_ranks_resume_exactly_and_one_rank_gets_both_queues(tiny_shards, tmp_path, capsys):
     once, cut, alone = (tmp_path / name for name in ("once", "cut", "alone"))
     for folder, more in ((once, []), (cut, ["run.stop_after=7steps"]), (cut, [])):
         code, _, err = finish(start("fastssl.train", settings(tiny_shards, folder, *more), 2))
@@ -591,6 +639,9 @@ def test_two_ranks_resume_exactly_and_one_rank_starts_an_empty_queue(tiny_shards
             shutil.copytree(cut, alone)
     assert_same_run(once, cut)
     assert [s["queue"].shape for s in rank_states(once)] == [(2, 8, 8)] * 2
+    before = rank_states(alone)
     assert run(tiny_shards, alone, "run.stop_after=8steps") == 0
-    assert "warning: the queue is each rank's own, and another number of ranks saved it" in capsys.readouterr().err
-    assert rank_states(alone)[0]["num_queued"] == 8
+    assert "queue" not in "".join(line for line in capsys.readouterr().err.splitlines() if "warning" in line)
+    assert rank_states(alone)[0]["num_queued"] == 16  # full, and the 8 of this step in front of the 2 x 4 of the last
+    kept = torch.cat([state["queue"][:, :4] for state in before], 1)
+    assert torch.equal(rank_states(alone)[0]["queue"][:, 8:], kept)
