@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fastssl import checkpoint, config, submit, train
-from tests.fastssl.runs import REPOSITORY, assert_same_state, settings
+from tests.fastssl.runs import REPOSITORY, assert_same_state, finish, settings, start
 
 STEPS = "run.duration=60steps"  # a second or more, in which a signal meets it
 LOCAL = ("submit.executor=local", "submit.gpus_per_node=0")
@@ -68,19 +68,33 @@ def test_a_job_that_is_interrupted_is_requeued_and_ends_as_if_it_had_not_been(ti
 
 SBATCH = """#!/bin/bash
 cp "$1" "$SLURM_STANDIN/script"
-echo "Submitted batch job 4242"
+echo "Submitted batch job $SLURM_STANDIN_ID"
 """
+# A task on each node, its output where it is asked to; no signal goes further than to the tasks.
 SRUN = """#!/bin/bash
-exit 1
+while [[ $1 == --* ]]; do
+  case $1 in --output) out=$2; shift ;; --error) err=$2; shift ;; esac
+  shift
+done
+for ((node = 0; node < SLURM_JOB_NUM_NODES; node++)); do
+  place() { local path=${1//%j/$SLURM_JOB_ID}; echo "${path//%t/$node}"; }
+  SLURM_PROCID=$node SLURM_NODEID=$node SLURM_LOCALID=0 "$@" >> "$(place "$out")" 2>> "$(place "$err")" &
+  echo $! >> "$SLURM_STANDIN/tasks"
+done
+wait
+"""
+SCONTROL = """#!/bin/bash
+[[ "$1 $2" == "requeue $SLURM_JOB_ID" ]] && echo "$2" >> "$SLURM_STANDIN/requeued"
 """
 
 
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """sbatch and srun in a folder on PATH: the first keeps the script."""
+    """Slurm's commands in a folder on PATH: sbatch keeps the script, srun runs tasks, scontrol notes its arguments."""
     folder = tmp_path / "slurm"
     folder.mkdir()
-    for name, text in (("sbatch", SBATCH), ("srun", SRUN)):
+    monkeypatch.setenv("SLURM_STANDIN_ID", "4242")
+    for name, text in (("sbatch", SBATCH), ("srun", SRUN), ("scontrol", SCONTROL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -133,3 +147,44 @@ def test_without_submitit_one_sentence_names_the_extra(tmp_path, capsys, monkeyp
     err = capsys.readouterr().err
     assert "pip install 'fastssl-train[slurm]'" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.fault("a job of fastssl-submit on two nodes near its limit", "saved, requeued, ends in the same bits")
+def test_two_nodes_are_signalled_requeued_and_end_as_if_they_had_not_been(
+    slurm, tiny_shards, tmp_path, monkeypatch, capsys, record_property
+):
+    reference, run_dir, job_id = tmp_path / "reference", tmp_path / "run", str(os.getpid())
+    code, _, err = finish(start("fastssl.train", settings(tiny_shards, reference, STEPS), ranks=2))
+    assert code == 0, err
+    for name, value in {"SLURM_STANDIN_ID": job_id, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}.items():
+        monkeypatch.setenv(name, value)
+    training = settings(tiny_shards, run_dir, STEPS, "run.log_every=1", "run.save_every=never")
+    assert submit.main(["submit.nodes=2", "--", *training]) == 0
+    assert f"job {job_id}: 2 node(s) with 1 rank(s) each" in capsys.readouterr().out
+    allocated = {"SLURM_JOB_ID": job_id, "SLURM_NTASKS": "2", "SLURM_JOB_NUM_NODES": "2"}
+    environment = {**os.environ, **allocated, "SLURM_JOB_NODELIST": "localhost,localhost"}
+
+    def begin() -> subprocess.Popen:
+        (slurm / "tasks").unlink(missing_ok=True)
+        return subprocess.Popen(["bash", str(slurm / "script")], cwd=REPOSITORY, env=environment)
+
+    def log() -> str:
+        return "".join(path.read_text() for path in sorted((run_dir / "submit").glob("*_log.*")))
+
+    job, until = begin(), time.monotonic() + 120
+    while "step 1/60 " not in log():
+        assert job.poll() is None, log()
+        assert time.monotonic() < until, log()
+        time.sleep(0.02)
+    for task in (slurm / "tasks").read_text().split():
+        os.kill(int(task), signal.SIGUSR2)
+    job.wait(60)
+    assert (slurm / "requeued").read_text().split() == [job_id]
+    assert 1 < int(checkpoint.newest(run_dir).name.removeprefix("step-")) < 60
+    assert begin().wait(180) == 0, log()
+    assert (slurm / "requeued").read_text().split() == [job_id]
+    assert log().count("Job completed successfully") >= 2
+    assert_same_state(run_dir, reference)
+    record_property("seen", "saved, requeued, same bits")
