@@ -65,6 +65,10 @@ class Reader:
             return [_Stretches(len(rows), stretches, reads)]
         return [self._pool.submit(self._read, rows[i : i + _TASK_ROWS]) for i in range(0, len(rows), _TASK_ROWS)]
 
+    def name(self, row: int) -> str:
+        """`shard:member` of a sample, for messages."""
+        return self._manifest.member_name(row, self.index[row])
+
     def stop(self) -> None:
         """No request is tried again: what is being read fails soon, and only close() may follow."""
         self._stopping.set()
@@ -110,7 +114,7 @@ class Reader:
         return payload
 
     def _fault(self, row: int, what: str) -> ShardError:
-        where, folder = self._manifest.member_name(row), self._manifest.place
+        where, folder = self.name(row), self._manifest.place
         return Damaged(f"{where} {what}; restore that shard, and run `shard_tools verify --full {folder}` for others")
 
 

@@ -150,7 +150,7 @@ class Renderer:
             if isinstance(file, ShardError):
                 faults[i] = str(file)
             elif not self._manifest.bands and (what := _header_fault(file, size)):
-                faults[i] = f"{self._manifest.member_name(int(rows[i]))} cannot be decoded ({what}); {_REMEDY}"
+                faults[i] = f"{self.reader.name(int(rows[i]))} cannot be decoded ({what}); {_REMEDY}"
         return faults
 
     def _submit(self, pending: _Pending) -> None:
@@ -161,7 +161,7 @@ class Renderer:
             for view, spec in flatten(self._specs)
         ]
         self._in_backend.append(pending)
-        self._backend.submit(Job(pending.images, draws, _Names(self._manifest, rows)))
+        self._backend.submit(Job(pending.images, draws, _Names(self.reader, rows)))
 
     def _collect(self) -> Batch:
         pending, result = self._collected.popleft() if self._collected else self._from_backend()
@@ -228,13 +228,13 @@ def _header_fault(file: bytes, size: tuple[int, int]) -> str:
 class _Names(Sequence[str]):
     """The names of a batch's samples, looked up when a message needs one: each costs a read."""
 
-    def __init__(self, manifest: Manifest, rows: Order) -> None:
-        self._manifest, self._rows = manifest, rows
+    def __init__(self, reader: Reader, rows: Order) -> None:
+        self._reader, self._rows = reader, rows
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, i: Any) -> Any:
         if isinstance(i, slice):
-            return _Names(self._manifest, self._rows[i])
-        return self._manifest.member_name(int(self._rows[i]))
+            return _Names(self._reader, self._rows[i])
+        return self._reader.name(int(self._rows[i]))

@@ -189,9 +189,12 @@ class Manifest:
 
         return ShardCache(self).path(i)
 
-    def member_name(self, row: int) -> str:
-        """`train-000003.tar:000003017.jpg`: where sample `row` is, for messages; never raises for a damaged shard."""
-        entry = self.entry(row)
+    def member_name(self, row: int, entry: np.void | None = None) -> str:
+        """`train-000003.tar:000003017.jpg`: where sample `row` is, for messages; never raises for a damaged shard.
+
+        entry   the index's row, where the caller has it; read from the file otherwise
+        """
+        entry = self.entry(row) if entry is None else entry
         shard = int(entry["shard"])
         header = self._header_before(shard, int(entry["offset"]))
         return f"{self.shards[shard].name}:{_name_in(header) or f'{row:09d}'}"

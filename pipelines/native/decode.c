@@ -124,6 +124,10 @@ int decode(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, in
         return NOT_FOR_US;
     }
     if (num_bytes < 4 || file[0] != 0xff || file[1] != 0xd8) return NOT_FOR_US;
+    /* A new one for each file: tables that a file lacks would be those of the file before. */
+    ((end_f)d->library.destroy)(jpeg);
+    ((create_f)d->library.create)(jpeg, JPEG_LIB_VERSION, sizeof *jpeg);
+    jpeg->progress = &d->progress;
     if (d->buffer.num_bytes > KEPT_BYTES) {
         free(d->buffer.block);
         d->buffer = (scratch_t){0};
