@@ -5,7 +5,7 @@ The child process kills itself at the n-th call of a function that touches the d
 
 from __future__ import annotations
 
-import fcntl
+import itertools
 import os
 import random
 import shutil
@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
 from shard_tools.verify import check
+from tests.faults.record import times
+from tests.shard_tools import struck
 from tests.shard_tools.builders import ROOT, class_tree, hashes, jpeg, plant
 
 ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -86,57 +89,103 @@ def no_half_shards(dst: Path) -> None:
         assert check(Manifest.load(dst), full=True) == [] or (folder / "pack.journal").exists()
 
 
-@pytest.mark.parametrize(
-    ("watched", "number", "when"),
-    [
-        ("os.fsync", 1, "before"),  # the journal's first line
-        ("shard_tools.tar.member", 8, "before"),  # in the middle of the first shard
-        ("shard_tools.tar.member", 30, "before"),
-        ("os.fsync", 3, "before"),  # the first shard, written but not in place
-        ("os.replace", 2, "before"),
-        ("os.replace", 2, "after"),  # the first shard in place, not its .idx
-        ("os.replace", 3, "after"),  # both in place, not journaled
-        ("os.fsync", 7, "after"),  # journaled
-        ("os.replace", 6, "before"),
-        ("os.replace", 10, "after"),
-        ("os.replace", 12, "before"),  # index.npy
-        ("os.replace", 13, "before"),  # quarantine.txt
-        ("os.replace", 14, "before"),  # _info.json
-        ("os.replace", 15, "before"),  # the manifest
-        ("os.replace", 15, "after"),  # all there, but the journal too
-    ],
+CRASH_POINTS = [
+    ("os.fsync", 1, "before"),  # the journal's first line
+    ("shard_tools.tar.member", 8, "before"),  # in the middle of the first shard
+    ("shard_tools.tar.member", 30, "before"),
+    ("os.fsync", 3, "before"),  # the first shard, written but not in place
+    ("os.replace", 2, "before"),
+    ("os.replace", 2, "after"),  # the first shard in place, not its .idx
+    ("os.replace", 3, "after"),  # both in place, not journaled
+    ("os.fsync", 7, "after"),  # journaled
+    ("os.replace", 6, "before"),
+    ("os.replace", 10, "after"),
+    ("os.replace", 12, "before"),  # index.npy
+    ("os.replace", 13, "before"),  # quarantine.txt
+    ("os.replace", 14, "before"),  # _info.json
+    ("os.replace", 15, "before"),  # the manifest
+    ("os.replace", 15, "after"),  # all there, but the journal too
+]
+TOUCHES = ("os.fsync", "os.replace", "shard_tools.tar.member", "os.write", "pathlib.Path.unlink", "os.open")
+
+
+def words_of(src: Path, dst: Path, workers: int = 1) -> list[str]:
+    return ["pack", "imagefolder", str(src), str(dst), *ARGS, "--workers", str(workers)]
+
+
+def pack_again(src: Path, dst: Path) -> None:
+    again = struck.start(words_of(src, dst))
+    again.join()
+    assert again.exitcode == 0
+
+
+@pytest.mark.fault(
+    "SIGKILL before or after any call that touches the disk while packing",
+    "no file with its final name is partial; the same command gives the bytes of an uninterrupted pack",
 )
 def test_kill_9_at_any_step_and_a_rerun_give_the_bytes_of_an_uninterrupted_pack(
-    source_tree: Path, whole: dict[str, str], tmp_path: Path, watched: str, number: int, when: str
+    source_tree: Path, whole: dict[str, str], tmp_path: Path, record_property
 ) -> None:
-    assert run(source_tree, tmp_path, "SIGKILL", watched, number, when).returncode == -signal.SIGKILL
-    no_half_shards(tmp_path)
-    assert hashes(tmp_path) != whole
-    done = run(source_tree, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert hashes(tmp_path) == whole
+    for number, point in enumerate(points(source_tree, tmp_path)):
+        dst = tmp_path / str(number)
+        struck_one = struck.start(words_of(source_tree, dst), *point)
+        struck_one.join()
+        assert struck_one.exitcode == -signal.SIGKILL, point
+        no_half_shards(dst)
+        assert hashes(dst) != whole or point[0] != "os.replace", point
+        pack_again(source_tree, dst)
+        assert hashes(dst) == whole, point
+        shutil.rmtree(dst)
+    record_property("seen", f"{number + 1} of {number + 1} points")
 
 
-def test_kill_9_at_random_moments_with_two_workers_converges_to_the_same_bytes(
-    source_tree: Path, whole: dict[str, str], tmp_path: Path
+def points(src: Path, folder: Path) -> Iterator[tuple[str, int, str]]:
+    """A few crash points of each kind, or every one."""
+    if times(0, 1) == 0:
+        yield from CRASH_POINTS
+        return
+    for watched in TOUCHES:
+        for when in ("before", "after"):
+            for number in itertools.count(1):
+                probe = struck.start(words_of(src, folder / "probe"), watched, number, when)
+                probe.join()
+                shutil.rmtree(folder / "probe", ignore_errors=True)
+                if probe.exitcode == 0:  # it has no such call any more
+                    break
+                yield watched, number, when
+
+
+@pytest.mark.fault(
+    "SIGKILL at random moments of a pack",
+    "no file with its final name is partial; the same command gives the bytes of an uninterrupted pack",
+)
+def test_kill_9_at_random_moments_converges_to_the_same_bytes(
+    source_tree: Path, whole: dict[str, str], tmp_path: Path, record_property
 ) -> None:
-    moment = random.Random(5)
-    for _ in range(4):
-        command: list[Any] = [sys.executable, "-m", "shard_tools", "pack", "imagefolder", source_tree, tmp_path, *ARGS]
-        child = subprocess.Popen(
-            [*command, "--workers", "2"],
-            env=ENV,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        time.sleep(moment.uniform(0.3, 1.2))
-        child.kill()
-        child.wait()
-        if (tmp_path / "train").is_dir():
-            no_half_shards(tmp_path)
-    assert run(source_tree, tmp_path, workers=2).returncode == 0
-    assert hashes(tmp_path) == whole
+    moment, kills, finished, count = random.Random(5), 0, 0, times(4, 100)
+    pack_again(source_tree, tmp_path / "timed")  # starts the fork server
+    started = time.monotonic()
+    pack_again(source_tree, tmp_path / "again")
+    takes_s = time.monotonic() - started
+    dst = tmp_path / "dst"
+    while kills < count:
+        workers = 2 if kills % 4 == 3 else 1
+        child = struck.start(words_of(source_tree, dst, workers))
+        child.join(moment.uniform(0, takes_s) + (0.7 if workers == 2 else 0))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            kills += 1
+            if (dst / "train").is_dir():
+                no_half_shards(dst)
+        else:
+            assert child.exitcode == 0
+            assert hashes(dst) == whole
+            shutil.rmtree(dst)
+            finished += 1
+    pack_again(source_tree, dst)
+    assert hashes(dst) == whole
+    record_property("seen", f"{kills} kills, {finished + 1} packs finished between them, all with the same bytes")
 
 
 def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Path) -> None:
@@ -204,7 +253,12 @@ def test_ctrl_c_says_how_to_continue_and_leaves_a_resumable_state(
     assert hashes(tmp_path) == whole
 
 
-def test_a_full_disk_ends_with_exit_code_4_and_keeps_the_complete_shards(tmp_path: Path) -> None:
+@pytest.mark.fault(
+    "a full disk while packing",
+    "it ends, keeps the complete shards, and goes on from them when there is room",
+    exit_code=4,
+)
+def test_a_full_disk_ends_with_exit_code_4_and_keeps_the_complete_shards(tmp_path: Path, record_property) -> None:
     src = plant(tmp_path / "src", {f"{i}.jpg": jpeg(i, (200, 200)) for i in range(40)})
     plant(src, {f"big{i}.jpg": jpeg(i) + bytes(400_000) for i in range(1)})
     limit = (
@@ -222,6 +276,7 @@ def test_a_full_disk_ends_with_exit_code_4_and_keeps_the_complete_shards(tmp_pat
     assert not list((tmp_path / "dst").rglob("*.partial"))
     again = subprocess.run([sys.executable, "-m", "shard_tools", *words], capture_output=True, text=True, env=ENV)
     assert f"continued behind {len(shards)} complete shard" in again.stdout
+    record_property("seen", f"{len(shards)} shards kept")
 
 
 def test_a_pack_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> None:
@@ -238,12 +293,22 @@ def test_a_pack_that_cannot_fit_is_refused_before_it_starts(tmp_path: Path) -> N
     assert "GB free; make room" in done.stderr
 
 
-def test_a_second_pack_into_the_same_split_is_refused(source_tree: Path, tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
-    holder = os.open(tmp_path / "train", os.O_RDONLY)
-    fcntl.flock(holder, fcntl.LOCK_EX)
+@pytest.mark.fault("two packs into one folder at a time", "the second ends, the first is whole", exit_code=5)
+def test_a_second_pack_into_the_same_split_is_refused(source_tree: Path, whole: dict[str, str], tmp_path: Path) -> None:
+    first = struck.start(words_of(source_tree, tmp_path), "os.fsync", 5, "before", "SIGSTOP")
+    _until_stopped(first.pid)
     try:
-        with pytest.raises(ShardError, match="another process is writing"):
-            pack(imagefolder.open_source(source_tree, "train"), tmp_path, PackOptions())
+        second = run(source_tree, tmp_path)
+        assert second.returncode == 5
+        assert "another process is writing to" in second.stderr
     finally:
-        os.close(holder)
+        os.kill(first.pid, signal.SIGCONT)
+        first.join()
+    assert first.exitcode == 0
+    assert hashes(tmp_path) == whole
+
+
+def _until_stopped(pid: int) -> None:
+    """It is the fork server's child, so /proc tells and not waitid."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.02)
