@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from fastssl.evaluate.online import online_probe
 from fastssl.log import RunLog
 from fastssl.methods import Method
 from fastssl.schedule import Clock, learning_rate
-from fastssl.settings import Config
+from fastssl.settings import Config, LoaderConfig
 from fastssl.stopping import Reason, StopRequest
 from fastssl.training import Training, to_device, view_output
 from pipelines.backends import chosen
@@ -228,15 +229,16 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
     if cfg.run.resume == "never":
         raise checkpoint.CheckpointError(f"{run_dir} has a checkpoint and run.resume is never; give another run.dir")
     meta = checkpoint.load_meta(Path(str(folder)))
-    changed = _changed(meta["config"], config.plain(cfg))
+    before, now = (_with_loader(values, cfg) for values in (meta["config"], config.plain(cfg)))
+    changed = _changed(before, now)
     if changed:
         raise checkpoint.CheckpointError(
             f"{folder} was trained with other settings: {'; '.join(changed)}; set them back, or give another run.dir"
         )
     if meta["fingerprint"] != fingerprint:
         raise checkpoint.CheckpointError(
-            f"{folder} was trained on other data than {shown(cfg.data.root)} holds; give those shards back, or another"
-            " run.dir"
+            f"{folder} was trained on other data than {shown(cfg.data.root)} holds, or by a version of fastssl that"
+            " orders it otherwise; give those shards back, or another run.dir"
         )
     state = checkpoint.restore(Path(str(folder)), training.method, training.device)
     with checkpoint.fitting(Path(str(folder)), "training.pt"):
@@ -250,8 +252,15 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
 
 
 # What may differ at a resume: where things are and how fast they go, not what is computed.
-_FREE = ("loader.", "knn.", "online", "data.root", "data.remote", "run.dir", "run.device", "run.log_every",
-         "run.save_every", "run.keep", "run.resume", "run.threads", "run.stop_after", "run.compile")  # fmt: skip
+_FREE = ("loader.backend", "loader.threads", "loader.prefetch", "loader.on_bad", "loader.max_bad", "knn.", "online",
+         "data.root", "data.remote", "run.dir", "run.device", "run.log_every", "run.save_every", "run.keep",
+         "run.resume", "run.threads", "run.stop_after", "run.compile", "run.timeout_s", "run.max_rejected")  # fmt: skip
+
+
+def _with_loader(values: dict[str, Any], cfg: Config) -> dict[str, Any]:
+    """The settings with those of the loader that an older version did not know, and no window where none is used."""
+    loader = dataclasses.asdict(LoaderConfig()) | values["loader"]
+    return {**values, "loader": {**loader, "window": loader["window"] if cfg.loader.order == "window" else None}}
 
 
 def _changed(before: Any, now: Any, path: str = "") -> list[str]:
