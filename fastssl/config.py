@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import errno
-import os
 import sys
 import types
 import typing
@@ -83,7 +81,7 @@ def convert(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
 def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Sequence[str] | None = None) -> int:
     """What every fastssl command does around `run(overrides)`: --help, --version, errors as sentences, the exit code.
 
-    ValueError (ConfigError, ShardError and the like) and DecodeError are what a user can mend: exit 2, no traceback.
+    What a user can mend is said in one sentence, without a traceback; of several ranks one says it (failing.py).
     """
     from fastssl import __version__
 
@@ -94,27 +92,12 @@ def run_command(run: Callable[[list[str]], int | None], help_text: str, argv: Se
     if "--version" in arguments:
         print(__version__)
         return 0
-    from pipelines.backends import DecodeError
+    from fastssl import failing
 
     try:
         return run(arguments) or 0
-    except (ValueError, DecodeError) as error:
-        return _fail(error, 2)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror or error}{where}; what was complete before is kept"
-        return _fail(message, 4 if error.errno == errno.ENOSPC else 2)
-    except FloatingPointError as error:
-        return _fail(error, 8)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _fail(message: object, code: int) -> int:
-    rank = os.environ.get("RANK", "0")  # torchrun's: an error may be one rank's alone, so each says its own
-    print(f"error{'' if rank == '0' else f' on rank {rank}'}: {message}", file=sys.stderr)
-    return code
+    except BaseException as error:
+        return failing.end(error)
 
 
 def convert_value(hint: Any, value: Any, path: str) -> Any:

@@ -29,10 +29,11 @@ def world() -> int:
     return td.get_world_size() if td.is_initialized() else 1
 
 
-def setup(device: str) -> torch.device:
+def setup(device: str, timeout_s: float = INIT_TIMEOUT_S) -> torch.device:
     """Join the group that torchrun announced, if any, and return this rank's device.
 
-    device  auto, cpu or cuda
+    device      auto, cpu or cuda
+    timeout_s   after which a collective gives up; meeting for the first time always gets INIT_TIMEOUT_S
     The store is prefixed with torchrun's restart count: with a plain store a restarted group meets the keys of the dead
     one and hangs (measured: 1 of 12 restarts recovered without the prefix, 12 of 12 with it).
     Raises ValueError with the remedy if CUDA is asked for and not there.
@@ -48,20 +49,60 @@ def setup(device: str) -> torch.device:
                 f"start with --nproc-per-node {torch.cuda.device_count()}"
             )
         torch.cuda.set_device(local_rank)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not td.is_initialized():
+    if announced()[1] > 1 and not td.is_initialized():
         timeout = datetime.timedelta(seconds=INIT_TIMEOUT_S)
         store, r, w = next(td.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        prefixed = td.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         # gloo for CPU tensors in either case: what ranks agree on each step must not wait for the GPU
         backends = "cpu:gloo,cuda:nccl" if use_cuda else "cpu:gloo"
-        td.init_process_group(backends, store=prefixed, rank=r, world_size=w, timeout=timeout)
+        longest = datetime.timedelta(seconds=max(timeout_s, INIT_TIMEOUT_S))
+        td.init_process_group(backends, store=_of_this_attempt(store), rank=r, world_size=w, timeout=longest)
     return torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
 
 
 def teardown() -> None:
     if td.is_initialized():
         td.destroy_process_group()
+
+
+def announced() -> tuple[int, int]:
+    """(rank, world) as the launcher says, also before `setup` and after a group is lost."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def hosts_store() -> bool:
+    """Whether the store in which ranks find each other lives in this process, and ends with it.
+
+    torchrun's agent has it; under other launchers rank 0.
+    """
+    return announced()[0] == 0 and not _agent_has_store()
+
+
+def connect(timeout_s: float) -> td.Store | None:
+    """A connection of its own to the store of this start of the ranks, for any thread; None if nobody answers.
+
+    Before `setup` only torchrun's agent has one.
+    """
+    if not (td.is_initialized() or _agent_has_store()):
+        return None
+    try:
+        store = td.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+    except (KeyError, ValueError, RuntimeError):
+        return None
+    return _of_this_attempt(store)
+
+
+def _agent_has_store() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def _of_this_attempt(store: td.Store) -> td.Store:
+    return td.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def barrier() -> None:
@@ -144,6 +185,12 @@ class LargestLately:
         self._said = torch.tensor([int(value)])  # on the CPU, where gloo and not the GPU answers
         self._work = td.all_reduce(self._said, td.ReduceOp.MAX, async_op=True)
         return answer
+
+    def close(self) -> None:
+        """Wait for the others' last numbers, so that no rank leaves in the middle of theirs."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
 
     def _answer(self) -> int:
         assert self._said is not None

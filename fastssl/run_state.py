@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import os
 import socket
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fastssl import dist
+from fastssl import dist, run_lock
 from shard_tools import disk, exit_codes
 
 FILE = "run_state.json"
@@ -69,8 +70,12 @@ class StateKeeper:
     def __init__(self, run_dir: Path) -> None:
         self._run_dir = run_dir
         self._now: RunState | None = None
-        self._ended = False
+        self._ours = self._ended = False
         self._lock = threading.Lock()
+
+    def take(self) -> None:
+        """The run is this job's alone, from here on."""
+        self._ours = True
 
     def begin(self, step: int, of: int) -> None:
         """The run starts, or goes on, from `step`. Raises OSError."""
@@ -86,7 +91,7 @@ class StateKeeper:
 
     def end(self, exit_code: int, reason: str = "") -> None:
         """How the run ended; the first call counts. A full disk leaves the file as it was."""
-        now = self._now or read(self._run_dir)
+        now = self._now or self._left_behind()
         if now is None or self._ended:
             return
         self._ended = True
@@ -100,6 +105,24 @@ class StateKeeper:
         with contextlib.suppress(OSError):
             self._put(dataclasses.replace(now, state=state, action=action, exit_code=exit_code, reason=reason))
 
+    def _left_behind(self) -> RunState | None:
+        """What an earlier job left that may go on, if none works on it now."""
+        before = read(self._run_dir)
+        return None if before is None or before.state == "done" or not (self._ours or self._is_free()) else before
+
+    def _is_free(self) -> bool:
+        try:
+            descriptor = os.open(self._run_dir / run_lock.FILE, os.O_RDONLY)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
     def _put(self, state: RunState) -> None:
         with self._lock:
             self._now = dataclasses.replace(
@@ -108,7 +131,7 @@ class StateKeeper:
                 pid=os.getpid(),
                 time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             )
-            if dist.rank() == 0:
+            if dist.announced()[0] == 0:
                 text = json.dumps(dataclasses.asdict(self._now), indent=1) + "\n"
                 disk.write_file(self._run_dir / FILE, text.encode())
 

@@ -182,6 +182,8 @@ class RunConfig:
     log_every       steps between log lines; save_every a duration; keep: newest checkpoints kept
     resume          "auto": from the newest valid checkpoint of dir; "never": refuses a dir that has one
     threads         torch's CPU threads per rank; 0 leaves torch's own choice
+    timeout_s       no step, batch of an evaluation or save in so many seconds ends the run, with the stacks of all
+                    ranks; three times as long, and ten minutes at least, before the first step; 0: never
     """
 
     dir: str
@@ -198,8 +200,10 @@ class RunConfig:
     keep: int = 2
     resume: Literal["auto", "never"] = "auto"
     threads: int = 0
+    timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
+        require(self.timeout_s >= 0.0, "run.timeout_s", self.timeout_s, "0 (never) or more seconds")
         require(self.batch_size >= 1, "run.batch_size", self.batch_size, "1 or more")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "a whole number from 0")
         require(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -11,14 +12,16 @@ from typing import Any
 
 import torch
 
-from fastssl import __version__, checkpoint, config, dist, run_lock
+from fastssl import __version__, checkpoint, config, dist, failing, run_lock
 from fastssl.evaluate.online import online_probe
 from fastssl.log import RunLog
 from fastssl.methods import Method
+from fastssl.run_state import StateKeeper
 from fastssl.schedule import Clock, learning_rate
 from fastssl.settings import Config, LoaderConfig
-from fastssl.stopping import Reason, StopRequest
+from fastssl.stopping import Interrupted, Reason, StopRequest
 from fastssl.training import Training, to_device, view_output
+from fastssl.watchdog import Watchdog
 from pipelines.backends import chosen
 from pipelines.loader import Batch, Loader, available_cores
 from pipelines.views import num_views
@@ -42,6 +45,8 @@ settings are key=value; the same command with the same run.dir resumes
   knn=cifar knn.every=1ep  online=linear (signs of life while training, both need labels)
   loader.backend=auto|dali|native|exact|stamps   loader.threads=0   optim.lr=0.03   optim.fused=torch|apex|off
   --print-config           show every setting with its value, and stop
+SIGTERM, SIGUSR1 or Ctrl-C: saves after this step and stops; a second one ends at once. run.timeout_s=600: without
+progress for so long it ends, with all stacks. RUN.DIR/run_state.json tells a scheduler what to do next
 exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
             8 the loss is not finite, 75 stopped on request and saved
 """
@@ -57,30 +62,41 @@ def _command(arguments: list[str]) -> int:
     if "--print-config" in arguments:
         print(config.to_yaml(cfg))
         return 0
-    try:
-        return run(cfg)
-    finally:
-        dist.teardown()
+    code = run(cfg)
+    dist.teardown()  # not after an error: it would wait for ranks that are gone
+    return code
 
 
 def run(cfg: Config) -> int:
     """One process's part of a training run, from settings to the last checkpoint. Returns the exit code."""
-    device = dist.setup(cfg.run.device)
+    state = StateKeeper(Path(cfg.run.dir))
+    with StopRequest() as stop, Watchdog(cfg.run.timeout_s, state, stop) as watchdog:
+        return _run(cfg, state, stop, watchdog)
+
+
+def _run(cfg: Config, state: StateKeeper, stop: StopRequest, watchdog: Watchdog) -> int:
+    device = dist.setup(cfg.run.device, watchdog.limit_s())
+    watchdog.connect()
     set_threads(cfg, device)
     run_dir, manifest = Path(cfg.run.dir), cfg.data.manifest()
-    with open_loader(cfg, manifest, device) as loader, run_lock.held(run_dir):
+    with contextlib.ExitStack() as opened:
+        loader = opened.enter_context(open_loader(cfg, manifest, device))
         clock = Clock(loader.steps_per_epoch, cfg.run.batch_size)
         total = clock.steps(cfg.run.duration, "run.duration")
         until = min(total, clock.steps(cfg.run.stop_after, "run.stop_after") if cfg.run.stop_after else total)
         lr = learning_rate(cfg.optim, clock, total)
         training = Training.build(cfg, device, clock)
         training.probe = online_probe(cfg.online, manifest, training.method, device)
+        monitor = _knn_monitor(cfg, manifest, training)
+        opened.enter_context(run_lock.held(run_dir))  # after all that can be wrong without a run
+        opened.enter_context(watchdog.announcing())
+        state.take()
         start, lost = _resume(training, run_dir, loader.fingerprint)
         if start >= until:
             if dist.rank() == 0:
                 print(f"{run_dir} is already at step {start} of {total}; nothing to do", file=sys.stderr)
-            return 0
-        monitor = _knn_monitor(cfg, manifest, training)
+            state.end(exit_codes.DONE)
+            return exit_codes.DONE
         chance = training.method.chance_level()
         log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every, chance)
         for line in _describe(training, manifest, loader, clock, total, lr, start):
@@ -89,46 +105,49 @@ def run(cfg: Config) -> int:
             log.say(f"warning: {lost}")
         if dist.rank() == 0:
             (run_dir / "config.yaml").write_text(config.to_yaml(cfg))
+        state.begin(start, total)
 
         def save(step: int) -> None:
-            state = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
+            watchdog.beat(f"the save of step {step}")
+            method = training.method
+            tensors = {"optimizer": training.optimizer.state_dict(), "scaler": training.scaler.state_dict()}
             if training.probe:
-                state["online"] = training.probe.state_dict()
-            meta = _meta(cfg, loader.fingerprint, training.method)
+                tensors["online"] = training.probe.state_dict()
+            meta = _meta(cfg, loader.fingerprint, method)
             with log.pause():
-                checkpoint.save(run_dir, step, training.method, state, meta, cfg.run.keep, training.method.rank_state())
+                checkpoint.save(run_dir, step, method, tensors, meta, cfg.run.keep, method.rank_state())
+            state.saved(step)
+            watchdog.beat(f"the end of step {step}")
 
         def evaluate() -> dict[str, float]:
             with log.pause():
                 dist.follow_main_(training.method, training.method.own_buffers)
-                return monitor()
+                return monitor(between)
+
+        def between() -> None:
+            watchdog.beat("an evaluation")
+            if reason := stop.agreed():
+                raise Interrupted(reason)
+
+        def step_done() -> Reason:
+            watchdog.step_done()
+            return stop.agreed(trouble(log, manifest, cfg))
 
         try:
-            with StopRequest() as stop:
-                stopped_at, reason = fit(
-                    training, loader.batches(start), lr, log, steps=range(start, until), save=save, evaluate=evaluate,
-                    save_every=clock.every(cfg.run.save_every, "run.save_every"),
-                    evaluate_every=clock.every(cfg.knn.every, "knn.every"),
-                    stop=lambda: stop.agreed(trouble(log, manifest, cfg)),
-                )  # fmt: skip
+            stop.begin()
+            stopped_at, reason = fit(
+                training, watchdog.over(loader.batches(start), start), lr, log, steps=range(start, until), save=save,
+                evaluate=evaluate, save_every=clock.every(cfg.run.save_every, "run.save_every"),
+                evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=step_done,
+            )  # fmt: skip
+            stop.close()
         finally:
             log.close()
-    if reason == Reason.TOO_MANY_BAD:
-        if dist.rank() == 0:
-            print(
-                f"error: more than {cfg.loader.max_bad:.2%} of the samples of {manifest.place} are bad, "
-                f"{run_dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --full "
-                f"{manifest.place}`, or allow more with loader.max_bad",
-                file=sys.stderr,
-            )
-        return exit_codes.TOO_MANY_BAD
-    if reason == Reason.ASKED:
-        if dist.rank() == 0:
-            print(
-                f"stopped at step {stopped_at} of {total}, saved; the same command goes on from there", file=sys.stderr
-            )
-        return exit_codes.STOPPED
-    return exit_codes.DONE
+        code, sentence = outcome(reason, stopped_at, total, manifest, cfg)
+        state.end(code, sentence)
+    if sentence and dist.rank() == 0:
+        failing.say(code, sentence)
+    return code
 
 
 def fit(
@@ -156,7 +175,11 @@ def fit(
 
         done, last, reason = step + 1, step + 1 == steps.stop, stop()
         if evaluate_every and not reason and (done % evaluate_every == 0 or last):
-            log.record(done, evaluate())
+            try:
+                log.record(done, evaluate())
+            except Interrupted as interrupted:
+                reason = interrupted.reason
+                log.say(f"the evaluation after step {done} is left out, to stop now")
         if last or reason or (save_every and done % save_every == 0):
             save(done)
         if reason and not last:
@@ -194,6 +217,20 @@ def trouble(log: RunLog, manifest: Manifest, cfg: Config) -> Reason:
     return Reason.TOO_MANY_BAD if too_many else Reason.NONE
 
 
+def outcome(reason: Reason, stopped_at: int, total: int, manifest: Manifest, cfg: Config) -> tuple[int, str]:
+    """The exit code of a run whose loop ended and saved, and what to say about it."""
+    if reason == Reason.TOO_MANY_BAD:
+        return exit_codes.TOO_MANY_BAD, (
+            f"more than {cfg.loader.max_bad:.2%} of the samples of {manifest.place} are bad, "
+            f"{cfg.run.dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --full "
+            f"{manifest.place}`, or allow more with loader.max_bad"
+        )
+    if reason == Reason.ASKED:
+        sentence = f"stopped at step {stopped_at} of {total}, saved; the same command goes on from there"
+        return exit_codes.STOPPED, sentence
+    return exit_codes.DONE, ""
+
+
 def set_threads(cfg: Config, device: torch.device) -> None:
     """torchrun gives each rank one thread; on a CPU that is the compute, so share the cores instead."""
     if cfg.run.threads:
@@ -202,9 +239,11 @@ def set_threads(cfg: Config, device: torch.device) -> None:
         torch.set_num_threads(available_cores())
 
 
-def _knn_monitor(cfg: Config, manifest: Manifest, training: Training) -> Callable[[], dict[str, float]]:
+def _knn_monitor(
+    cfg: Config, manifest: Manifest, training: Training
+) -> Callable[[Callable[[], None]], dict[str, float]]:
     if cfg.knn.every == "never":
-        return dict
+        return lambda between: {}
     from fastssl.evaluate.monitor import KnnMonitor
 
     return KnnMonitor(cfg, manifest, training.method, training.device)

@@ -3,8 +3,8 @@
 # B images of a batch, N samples, F feature width, S side of a view in px
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from typing import cast
 
@@ -47,31 +47,36 @@ def features_of(
     loader: LoaderConfig | None = None,
     limit: int = 0,
     show: Callable[[Iterable[Batch], int], Iterable[Batch]] = lambda batches, total: batches,
+    between: Callable[[], None] = lambda: None,
 ) -> Features:
     """Features of a split seen through one deterministic view; all of it, or its first `limit` samples.
 
     batch_size is a rank's. The features are the same, bit for bit, for any number of ranks. `show` may wrap the batches
-    in a progress bar; it is told how many there will be.
+    in a progress bar; it is told how many there will be. `between` is called before each batch, equally often on all
+    ranks, and may end the pass by an exception.
     Raises RuntimeError if the pass moved any tensor of the backbone.
     """
     loader = loader or LoaderConfig()
     num_samples = min(limit, manifest.num_samples) if limit else manifest.num_samples
     rows = block_rows(num_samples, batch_size, dist.rank(), dist.world())
-    batches: Iterable[Batch] = ()
-    if len(rows):
-        batches = read_once(
-            manifest, [view], batch_size=batch_size, rank=0, world=1, backend=loader.backend, device=str(device),
-            threads=loader.threads, output="uint8", rows=rows.numpy(),
-        )  # fmt: skip
     frozen = Frozen(backbone)
-    found = extract(
-        backbone,
-        show(batches, -(-len(rows) // batch_size)),
-        device=device,
-        precision=precision,
-        mean=view.augment.mean,
-        std=view.augment.std,
-    )
+    with ExitStack() as opened:
+        batches: Iterable[Batch] = ()
+        if len(rows):
+            read = read_once(
+                manifest, [view], batch_size=batch_size, rank=0, world=1, backend=loader.backend, device=str(device),
+                threads=loader.threads, output="uint8", rows=rows.numpy(),
+            )  # fmt: skip
+            batches = opened.enter_context(closing(cast(Generator[Batch, None, None], read)))
+        rounds = -(-num_samples // (batch_size * dist.world()))
+        found = extract(
+            backbone,
+            _asking(show(batches, -(-len(rows) // batch_size)), rounds, between),
+            device=device,
+            precision=precision,
+            mean=view.augment.mean,
+            std=view.augment.std,
+        )
     frozen.check("while features were computed")
     return found
 
@@ -198,6 +203,17 @@ def block_rows(num_samples: int, batch_size: int, rank: int, world: int) -> Tens
     """
     blocks = torch.arange(num_samples).split(batch_size)[rank::world]
     return torch.cat(blocks) if blocks else torch.empty(0, dtype=torch.long)
+
+
+def _asking(batches: Iterable[Batch], rounds: int, between: Callable[[], None]) -> Iterator[Batch]:
+    """`batches`, with `between` called before each, and `rounds` times in all: a rank may have one batch less."""
+    count = 0
+    for batch in batches:
+        between()
+        count += 1
+        yield batch
+    for _ in range(count, rounds):
+        between()
 
 
 def _gather(mine: Features, device: torch.device | str) -> Features:

@@ -11,7 +11,7 @@ never counted as found, so that top-5 with k = 1 is top-1 and not luck.
 # Q queries, N rows of the bank, F feature width, C classes, k neighbours
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,11 +49,13 @@ def knn(
     ks: Sequence[int] = (10, 20, 100, 200),
     temperatures: Sequence[float] = (0.07,),
     device: torch.device | str = "cpu",
+    between: Callable[[], None] = lambda: None,
 ) -> list[KnnAccuracy]:
     """Top-1 and top-5 of the queries for every k and temperature, from one search for neighbours.
 
     Every rank is given all queries and the whole bank, takes a share of the query chunks, and returns the same result.
-    The bank may stay in host memory: it is sent to `device` a chunk at a time.
+    The bank may stay in host memory: it is sent to `device` a chunk at a time. `between` is called equally often on all
+    ranks, and may end the search by an exception.
     Raises ValueError if a k is under 1 or a temperature under 0.01 (e^(1 / temperature) nears the end of float64).
     """
     for k in ks:
@@ -63,9 +65,12 @@ def knn(
         if not temperature >= 0.01:
             raise ValueError(f"evaluator.temperature holds {temperature}, but must hold numbers of 0.01 or more")
     clamped = list(dict.fromkeys(min(k, len(bank)) for k in ks))  # two k beyond a small bank are one and the same
-    mine = torch.arange(len(queries)).split(QUERY_CHUNK)[dist.rank() :: dist.world()]
+    chunks = torch.arange(len(queries)).split(QUERY_CHUNK)
+    mine, rounds = chunks[dist.rank() :: dist.world()], -(-len(chunks) // dist.world())
     rows = torch.cat(mine) if mine else torch.empty(0, dtype=torch.long)
-    similarities, indices = nearest(queries.features[rows], bank.features, max(clamped), device=device)
+    similarities, indices = nearest(
+        queries.features[rows], bank.features, max(clamped), device=device, rounds=rounds, between=between
+    )
     votes, truth = bank.labels[indices], queries.labels[rows]
 
     cases = [(k, temperature) for k in clamped for temperature in temperatures]
@@ -91,11 +96,14 @@ def nearest(
     device: torch.device | str = "cpu",
     query_chunk: int = QUERY_CHUNK,
     bank_chunk: int = BANK_CHUNK,
+    rounds: int = 0,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows of `bank` (N, F) with the largest cosine similarity to each of `queries` (Q, F).
 
     Returns similarities and row numbers, both (Q, k), most similar first, on the CPU. Needs k <= N. The bank passes
-    once: for each chunk of it the best k so far are merged with the chunk's own.
+    once: for each chunk of it the best k so far are merged with the chunk's own. `between` is called before each chunk
+    of queries, and for each chunk of the bank at least `rounds` times.
     """
     assert 1 <= k <= len(bank)
     best = torch.full((len(queries), k), -torch.inf, dtype=queries.dtype, device=device)
@@ -103,7 +111,10 @@ def nearest(
     queries = normalize(queries.to(device), dim=1)
     for first in range(0, len(bank), bank_chunk):
         part = normalize(bank[first : first + bank_chunk].to(device), dim=1)
+        for _ in range(-(-len(queries) // query_chunk), rounds):
+            between()
         for q in range(0, len(queries), query_chunk):
+            between()
             here = slice(q, q + query_chunk)
             found, place = (queries[here] @ part.T).topk(min(k, len(part)), dim=1)
             merged = torch.cat([best[here], found], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from fastssl.evaluate.features import features_of
@@ -16,6 +18,7 @@ from shard_tools.manifest import Manifest, ShardError
 class KnnMonitor:
     """Call it at any step, on all ranks together: {"knn/top1": 0.61, "knn/top5": 0.95}.
 
+    It calls `between` again and again, equally often on all ranks; what that raises, on all ranks at once, ends it.
     It leaves nothing behind: the backbone's modes, parameters, buffers and the random state are as before, so that a
     run with a monitor equals one without, bit for bit. Raises ShardError when built if the data cannot be evaluated on,
     so that this is known before the first step.
@@ -33,7 +36,7 @@ class KnnMonitor:
         augment = {**cfg.augment, **trained.augment}
         self.view = center_view(size, resize, cfg.data.mean, cfg.data.std, trained.crop, augment)
 
-    def __call__(self) -> dict[str, float]:
+    def __call__(self, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         bank, queries = (
             features_of(
                 self.method.backbone(),
@@ -43,6 +46,7 @@ class KnnMonitor:
                 precision=self.cfg.run.precision,
                 loader=self.cfg.loader,
                 limit=self.cfg.knn.limit,
+                between=between,
             )
             for manifest in (self.train, self.test)
         )
@@ -53,5 +57,6 @@ class KnnMonitor:
             ks=[self.cfg.knn.k],
             temperatures=[self.cfg.knn.temperature],
             device=self.device,
+            between=between,
         )
         return {"knn/top1": result.top1, "knn/top5": result.top5}
