@@ -170,8 +170,12 @@ def load_meta(folder: Path) -> dict[str, Any]:
 
 def load_settings(folder: Path) -> dict[str, Any]:
     """The settings of the training run that wrote the folder. Raises CheckpointError if it was no such run."""
-    settings = load_meta(folder).get("config")
-    if not isinstance(settings, dict) or not isinstance(settings.get("encoder"), dict):
+    settings: Any = load_meta(folder).get("config")
+    groups = [settings]
+    if isinstance(settings, dict):
+        groups += [settings.get("encoder"), *(settings.get(key, {}) for key in ("augment", "data", "knn", "views"))]
+        groups += settings["views"].values() if isinstance(settings.get("views"), dict) else []
+    if not all(isinstance(group, dict) for group in groups):
         raise CheckpointError(f"{folder} is not of a run of fastssl-train; give a checkpoint of one")
     return settings
 

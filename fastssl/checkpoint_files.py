@@ -13,6 +13,7 @@ import json
 import os
 import re
 import stat
+import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,6 +27,7 @@ MAX_TEXT_BYTES = 1 << 20
 
 _LINE = re.compile(rb"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
 _BLOCK_BYTES = 1 << 20
+_ZIP_END_BYTES = 22
 
 
 class CheckpointError(ValueError):
@@ -97,6 +99,8 @@ def read_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Any
     Raises DamagedError, or CheckpointError if the file is whole but holds something else.
     """
     with _opened(folder, name, sealed_names(folder).get(name)) as file:
+        if not _is_uncompressed(file):
+            raise CheckpointError(f"{folder / name} is compressed, which fastssl never does; take one that it wrote")
         try:
             value = torch.load(file, map_location=device, weights_only=True)
         except Exception as error:  # of foreign bytes torch's reader makes errors of any kind
@@ -130,12 +134,33 @@ def sha256(file: BinaryIO) -> str:
     return digest.hexdigest()
 
 
+def _is_uncompressed(file: BinaryIO) -> bool:
+    """Whether unpacking takes no more memory than the file is large. Leaves the file at its start."""
+    try:
+        members = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError):
+        members = []  # torch says what is wrong with it
+    file.seek(0)
+    size = os.fstat(file.fileno()).st_size
+    return all(m.compress_type == zipfile.ZIP_STORED for m in members) and sum(m.file_size for m in members) <= size
+
+
+def _ends_as_archive(file: BinaryIO) -> bool:
+    """Whether the last bytes are those of a zip without a comment, as torch.save ends its files."""
+    file.seek(max(0, os.fstat(file.fileno()).st_size - _ZIP_END_BYTES))
+    end = file.read(_ZIP_END_BYTES)
+    file.seek(0)
+    return len(end) == _ZIP_END_BYTES and end.startswith(b"PK\5\6")
+
+
 @contextlib.contextmanager
 def _opened(folder: Path, name: str, digest: str | None, most: int | None = None) -> Iterator[BinaryIO]:
     """The file, at its start, once its bytes are known to have this sha256. Raises DamagedError."""
     if digest is None:
         raise DamagedError.of(folder, f"{SUMS} does not list {name}")
     with _regular_file(folder, name, most) as file:
+        if name.endswith(".pt") and not _ends_as_archive(file):  # known at once, however large the file claims to be
+            raise DamagedError.of(folder, f"{name} is cut, or nothing that torch.save writes")
         if sha256(file) != digest:
             raise DamagedError.of(folder, f"{name} does not have the sha256 that {SUMS} says")
         file.seek(0)

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from fastssl import __version__, checkpoint, config, dist
+from fastssl import __version__, checkpoint, config, dist, run_lock
 from fastssl.checkpoint import CheckpointError
 from fastssl.detection.data import Pictures, Sample, batches, coco_masks, load_image, read_pictures
 from fastssl.detection.metrics import Detection, summary, voc_ap
@@ -44,7 +44,8 @@ settings are key=value; the same command resumes; after the last step it tests, 
   data.root=FOLDER   data.format=voc|coco      data.train=[VOC2007/trainval]  data.test=[VOC2007/test]
   optim.batch_size=16 (of all GPUs)  optim.lr=0.02  optim.steps=24000  optim.milestones=[18000,22000]
   model.norm=batch|frozen  model.mask=true|false   run.dir=DIR (else RUN/detection/PRESET)   run.device=auto|cpu|cuda
-exit codes: 0 done, 2 a setting, the checkpoint or the data is wrong, 4 disk full, 8 the loss is not finite
+exit codes: 0 done, 2 a setting, the checkpoint or the data is wrong, 4 disk full, 5 another job has run.dir,
+            7 a checkpoint is damaged, 8 the loss is not finite
 """
 
 
@@ -93,16 +94,17 @@ def run(cfg: DetectionConfig) -> dict[str, float]:
     model.to(device)
     optimizer = _optimizer(cfg, model)
     torch.manual_seed(cfg.run.seed * world + dist.rank())  # of the regions and sizes, which ranks draw apart
-    start = _resume(cfg, run_dir, model, optimizer, train, device)
-    until = min(cfg.optim.steps, cfg.run.stop_after or cfg.optim.steps)
-    fit(cfg, model, optimizer, train, range(start, until), run_dir, device)
-    if until < cfg.optim.steps:
-        return {}
-    found = detect(cfg, model, train, test, device)
-    metrics = summary(found, test, cfg.model.mask) if dist.rank() == 0 else {}
-    if dist.rank() == 0:
-        _report(cfg, transfer, run_dir, metrics, found, train, test)
-    return dict(dist.main_says(metrics))  # type: ignore[call-overload]
+    with run_lock.held(run_dir):
+        start = _resume(cfg, run_dir, model, optimizer, train, device)
+        until = min(cfg.optim.steps, cfg.run.stop_after or cfg.optim.steps)
+        fit(cfg, model, optimizer, train, range(start, until), run_dir, device)
+        if until < cfg.optim.steps:
+            return {}
+        found = detect(cfg, model, train, test, device)
+        metrics = summary(found, test, cfg.model.mask) if dist.rank() == 0 else {}
+        if dist.rank() == 0:
+            _report(cfg, transfer, run_dir, metrics, found, train, test)
+        return dict(dist.main_says(metrics))  # type: ignore[call-overload]
 
 
 def load_transfer(cfg: DetectionConfig) -> Transfer:
@@ -219,7 +221,9 @@ def _resume(
     if changed or meta.get("data") != train.digest:
         what = f"other settings of {', '.join(changed)}" if changed else "other training data"
         raise CheckpointError(f"{folder} is of a run with {what}; give another run.dir, or remove that one")
-    optimizer.load_state_dict(checkpoint.restore(folder, model, device)["optimizer"])
+    state = checkpoint.restore(folder, model, device)
+    with checkpoint.fitting(folder, "training.pt"):
+        optimizer.load_state_dict(state["optimizer"])
     return int(meta["step"])
 
 
