@@ -55,7 +55,7 @@ class ShardStream:
                 raise NotPlain
             yield member
             place = member.offset + member.size + -member.size % BLOCK
-            if member.offset + member.size > self._end and len(self._view(member.offset + member.size - 1, 1)) == 0:
+            if place > self._end and not self._view(place - 1, 1):
                 raise NotPlain  # cut inside its last member
 
     def _note(self, sample: Sample, extension: str, member: Member, most: int) -> bytes:

@@ -23,9 +23,10 @@ _RECORDS = (*_LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDT
 # Python before 3.11.10 takes the square of a run of digits to look for a pax header's encoding (CVE-2024-6232).
 _LONG_NUMBER = re.compile(rb"\d{1024}")
 
+# mode, uid, gid, size, mtime, checksum
+_NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 ")
+_DEVICES = re.compile(rb"(?:[0-7]{7}\0|\0{8}){2}")
 # name, mode, uid, gid, size, mtime, checksum, type, linkname, magic, version, uname, gname, devmajor, devminor, prefix
-_OCTAL = re.compile(rb"[0-7]{11}")
-_CHECKSUM = re.compile(rb"[0-7]{6}\0 ")
 _HEADER = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 6s 2s 32s 32s 8s 8s 155s 12x")
 
 
@@ -77,15 +78,15 @@ def plain_member(block: bytes, place: int) -> Member | None:
 
     What is None, `members` judges; what is not, it would give back as the same member.
     """
-    size = block[124:135]
     if len(block) != BLOCK or block[156:157] != b"0" or block[257:263] != b"ustar\0" or any(block[345:500]):
         return None
-    if not _OCTAL.fullmatch(size) or block[135] not in b"\0 " or not _CHECKSUM.fullmatch(block[148:156]):
+    numbers = _NUMBERS.fullmatch(block, 100, 156)
+    if not numbers or not _DEVICES.fullmatch(block, 329, 345):
         return None
-    if sum(block) - sum(block[148:156]) + 8 * 32 != int(block[148:154], 8):
+    if sum(block) - sum(block[148:156]) + 8 * 32 != int(numbers[2], 8):
         return None
     name = block[:100].partition(b"\0")[0]
-    return Member(name.decode(), place + BLOCK, int(size, 8)) if name.isascii() else None
+    return Member(name.decode(), place + BLOCK, int(numbers[1], 8)) if name.isascii() else None
 
 
 def members(path: Path) -> Iterator[Member]:

@@ -7,6 +7,8 @@ import json
 import random
 import shutil
 import struct
+import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +16,16 @@ import numpy as np
 import pytest
 
 from shard_tools import index, tar
-from shard_tools.manifest import MANIFEST_NAME, Manifest, sha256_of
+from shard_tools.foreign import read_samples
+from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError, sha256_of
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import files, imagefolder
+from shard_tools.stream import NotPlain, ShardStream
 from shard_tools.verify import check, check_info, manifests_below
+from tests.faults.mutations import mutated_tar
+from tests.faults.record import times
 from tests.shard_tools.builders import class_tree, jpeg, plant
+from tests.shards import write_split
 
 
 @pytest.fixture(scope="module")
@@ -245,3 +252,133 @@ def test_class_tree_and_verify_agree_on_one_sample_per_shard(tmp_path: Path) -> 
     src = class_tree(tmp_path / "src", per_class=1)
     pack(imagefolder.open_source(src, "train"), tmp_path / "dst", PackOptions(shard_size=1))
     assert faults(tmp_path / "dst", full=True) == []
+
+
+# All of a split
+
+
+def found_by_verify(dst: Path) -> list[str]:
+    """All that `shard_tools verify --full` says, or why it cannot begin."""
+    try:
+        manifests = manifests_below(dst)
+        return check_info(dst, manifests) + [fault for manifest in manifests for fault in check(manifest, full=True)]
+    except ShardError as error:
+        return [str(error)]
+
+
+FILES = ("train/train-000001.tar", "train/train-000001.idx", "train/index.npy", "train/manifest.json", "_info.json")
+
+
+@pytest.mark.fault("one flipped bit in any file of a split", "verify finds it", exit_code=7)
+def test_any_flipped_bit_of_any_file_is_found(good: Path, tmp_path: Path, record_property) -> None:
+    """Of every byte one bit; in the usual suite, of some bytes."""
+    dst = Path(shutil.copytree(good, tmp_path / "dst"))
+    rng, tried, missed = random.Random(4), 0, []
+    for name in FILES:
+        path = dst / name
+        data = path.read_bytes()
+        places = range(len(data)) if times(0, 1) else rng.sample(range(len(data)), 60)
+        for place in places:
+            damaged = bytearray(data)
+            damaged[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            tried += 1
+            if not found_by_verify(dst):
+                missed.append((name, place))
+        path.write_bytes(data)
+    assert missed == []
+    assert found_by_verify(dst) == []
+    record_property("seen", f"{tried} of {tried} found")
+
+
+@pytest.mark.fault("any file of a split cut, at any 512 bytes and between", "verify finds it", exit_code=7)
+def test_any_cut_of_any_file_is_found(good: Path, tmp_path: Path, record_property) -> None:
+    dst = Path(shutil.copytree(good, tmp_path / "dst"))
+    rng, tried, missed = random.Random(5), 0, []
+    for name in FILES:
+        path = dst / name
+        data = path.read_bytes()
+        step = times(2048, 512)
+        inside = rng.sample(range(len(data)), min(len(data), times(5, 200)))
+        for length in {*range(0, len(data), step), *inside, len(data) - 1}:
+            path.write_bytes(data[:length])
+            tried += 1
+            if not found_by_verify(dst):
+                missed.append((name, length))
+        path.write_bytes(data)
+    assert missed == []
+    record_property("seen", f"{tried} of {tried} found")
+
+
+def _folder_for_a_file(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGE: dict[str, Callable[[Path, Path], object]] = {  # of the first two shards
+    "a missing shard": lambda a, b: b.unlink(),
+    "a missing .idx": lambda a, b: b.with_suffix(".idx").unlink(),
+    "a missing index": lambda a, b: b.with_name("index.npy").unlink(),
+    "a missing manifest": lambda a, b: b.with_name("manifest.json").unlink(),
+    "an extra shard": lambda a, b: shutil.copyfile(a, a.with_name("train-000009.tar")),
+    "swapped shards": lambda a, b: swap(a, b),
+    "swapped .idx files": lambda a, b: swap(a.with_suffix(".idx"), b.with_suffix(".idx")),
+    "a shard in the place of another": lambda a, b: shutil.copyfile(a, b),
+    "a folder in the place of a shard": lambda a, b: _folder_for_a_file(b),
+    "bytes behind the end": lambda a, b: b.write_bytes(b.read_bytes() + b"x"),
+    "an empty shard": lambda a, b: b.write_bytes(b""),
+    "a shard of zeros": lambda a, b: b.write_bytes(bytes(b.stat().st_size)),
+}
+
+
+@pytest.mark.fault(
+    "shards missing, extra, swapped, doubled, emptied; index files missing or swapped", "verify finds it", exit_code=7
+)
+def test_every_exchange_of_files_is_found(good: Path, tmp_path: Path, record_property) -> None:
+    for number, (kind, damage) in enumerate(DAMAGE.items()):
+        dst = Path(shutil.copytree(good, tmp_path / str(number)))
+        damage(dst / "train/train-000000.tar", dst / "train/train-000001.tar")
+        assert found_by_verify(dst), kind
+    record_property("seen", f"{len(DAMAGE)} of {len(DAMAGE)} kinds")
+
+
+def test_one_pass_finds_in_a_tar_what_tarfile_finds(good: Path, tmp_path: Path) -> None:
+    """Headers of every kind of damage: the walk of `--full` goes on where tarfile does, to the same members."""
+    data = (good / "train/train-000000.tar").read_bytes()
+    path, same = tmp_path / "x.tar", 0
+    for seed in range(times(300, 20_000)):
+        path.write_bytes(mutated_tar(data, random.Random(seed)))
+        with ShardStream(path) as stream:
+            try:
+                ours = [(s.key, s.members, s.label, s.meta) for s in stream.samples()]
+            except NotPlain:
+                continue
+            except ShardError:
+                with pytest.raises(ShardError):
+                    read_samples(path)
+                continue
+        assert ours == [(s.key, s.members, s.label, s.meta) for s in read_samples(path)]
+        same += 1
+    assert same > 20
+
+
+def test_one_pass_hashes_what_it_passes_over(tmp_path: Path) -> None:
+    """Members larger than the window, and a long tail behind the end of the tar."""
+    rng = random.Random(1)
+    parts = [("0.jpg", rng.randbytes(3 * 2**20 + 1)), ("0.bin", rng.randbytes(2**21)), ("1.png", rng.randbytes(77))]
+    data = b"".join(tar.member(*part) for part in parts) + tar.END + rng.randbytes(2**20 + 5)
+    (tmp_path / "x.tar").write_bytes(data)
+    with ShardStream(tmp_path / "x.tar") as stream:
+        first, second = stream.samples()
+        assert stream.sha256() == hashlib.sha256(data).hexdigest()
+    assert (first.crc32, second.crc32) == ({"jpg": zlib.crc32(parts[0][1])}, {"png": zlib.crc32(parts[2][1])})
+
+
+def test_decode_finds_what_was_bad_before_it_was_packed(tmp_path: Path) -> None:
+    manifest = write_split(tmp_path, [("jpg", jpeg(1)), ("jpg", jpeg(2)[:300])])
+    assert not any("no good image" in fault for fault in check(manifest, full=True))
+    assert any("000000001.jpg is no good image" in fault for fault in check(adopted(manifest), decode=True))
+
+
+def adopted(manifest: Manifest) -> Manifest:
+    return replace(manifest, source={"kind": "adopted"})

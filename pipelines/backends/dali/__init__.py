@@ -89,10 +89,7 @@ class DaliBackend:
         """The samples to blame, which DALI often does not name: decodes them all again, one by one."""
         decoder = make_decoder(batch_size=1, num_threads=1, prefetch_queue_depth=1, **self._place)
         faults = {}
-        remedy = (
-            "pack the data again, `shard_tools pack` sets bad images aside, or choose loader.backend=exact for formats "
-            "that only Pillow reads"
-        )
+        remedy = "pack the data again, `shard_tools pack` sets bad images aside, or choose loader.backend=exact"
         for i, image in enumerate(job.images):
             decoder.feed_input("encoded", _as_arrays([image]))
             try:
