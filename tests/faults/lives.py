@@ -99,7 +99,11 @@ class ForkServer:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.faults.lives"], cwd=REPOSITORY, env=environment, stdin=pipe, stdout=pipe
         )
-        assert self._ask(None) == 1, "the fork server has more threads than its own"
+        try:
+            assert self._ask(None) == 1, "the fork server has more threads than its own"
+        except BaseException:
+            self.close()
+            raise
 
     def start(
         self,
@@ -140,7 +144,9 @@ class ForkServer:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(what).encode() + b"\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        assert answer, "the fork server has ended"
+        return json.loads(answer)
 
 
 class _Forked(Life):

@@ -13,9 +13,7 @@ from tests.fastssl.runs import settings, state
 from tests.shards import write_split
 
 OTHER_DATA = "was trained on other data"
-THIRD_VIEW = (
-    "{size: 32, role: key, count: 1, crop: random_resized, scale: [0.2, 1], ratio: [1, 1], resize: 0, augment: {}}"
-)
+THIRD_VIEW = "{size: 32, role: key, count: 1, crop: random_resized, scale: [0.2, 1], ratio: [1, 1], resize: 0}"
 
 
 @pytest.fixture(scope="module")
