@@ -1,8 +1,9 @@
-"""What takes the place of a sample that training cannot read or decode: another one, the same at every resume."""
+"""Which samples training does not decode, and what takes the place of one: another, the same at every resume."""
 
 from __future__ import annotations
 
 from pipelines.philox import philox
+from shard_tools.headers import Refused, size_of
 
 ATTEMPTS = 8  # replacements tried for one place in a batch; beyond that the data is broken, not a sample
 
@@ -16,3 +17,14 @@ def replacement(seed: int, epoch: int, sample: int, attempt: int, num_samples: i
     """
     word = int(philox(seed, (_BLOCK + attempt, 0, sample, epoch))[0])
     return word % num_samples
+
+
+def header_fault(file: bytes, size: tuple[int, int]) -> str:
+    """Why an image of `size` (width, height), as the index has it, must not be decoded; "" if it may be."""
+    try:
+        claimed = size_of(file)
+    except Refused as refused:
+        return str(refused)
+    if claimed == size:
+        return ""
+    return f"its header claims {claimed[0]} x {claimed[1]} px, but its index {size[0]} x {size[1]}"

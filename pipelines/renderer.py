@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from pipelines.backends import Backend, DecodeError, Job, make
-from pipelines.bad_samples import ATTEMPTS, replacement
+from pipelines.bad_samples import ATTEMPTS, header_fault, replacement
 from pipelines.draw import draw_view
 from pipelines.order import Order
 from pipelines.reader import Part, Reader, whole
 from pipelines.views import ViewSpec, by_role, flatten
-from shard_tools.headers import Refused, size_of
 from shard_tools.manifest import Manifest, ShardError
 
 _REMEDY = "pack the data again with --on-bad quarantine"
@@ -149,7 +148,7 @@ class Renderer:
         for i, (file, size) in enumerate(zip(files, sizes, strict=True)):
             if isinstance(file, ShardError):
                 faults[i] = str(file)
-            elif not self._manifest.bands and (what := _header_fault(file, size)):
+            elif not self._manifest.bands and (what := header_fault(file, size)):
                 faults[i] = f"{self.reader.name(int(rows[i]))} cannot be decoded ({what}); {_REMEDY}"
         return faults
 
@@ -212,17 +211,6 @@ class Renderer:
             self._in_backend.popleft()
             with contextlib.suppress(Exception):
                 self._backend.collect()
-
-
-def _header_fault(file: bytes, size: tuple[int, int]) -> str:
-    """Why the file must not be decoded, "" if it may be."""
-    try:
-        claimed = size_of(file)
-    except Refused as refused:
-        return str(refused)
-    if claimed == size:
-        return ""
-    return f"its header claims {claimed[0]} x {claimed[1]} px, but its index {size[0]} x {size[1]}"
 
 
 class _Names(Sequence[str]):
