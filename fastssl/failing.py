@@ -121,14 +121,17 @@ class Board:
     @contextlib.contextmanager
     def _open(self) -> Iterator[None]:
         """torch tells the user of each attempt to reach a store that is gone, at length: one is enough."""
-        with self._lock:
+        if not self._lock.acquire(timeout=LAST_WORDS_S):  # another thread waits for a host that is stopped
+            raise RuntimeError("the store does not answer")
+        try:
             if self._gone:
                 raise RuntimeError("the store is gone")
-            try:
-                yield
-            except RuntimeError:
-                self._gone = True
-                raise
+            yield
+        except RuntimeError:
+            self._gone = True
+            raise
+        finally:
+            self._lock.release()
 
     def _see(self, notice: bytes) -> None:
         self._notice = Notice(**json.loads(notice))

@@ -71,7 +71,7 @@ class StateKeeper:
         self._run_dir = run_dir
         self._now: RunState | None = None
         self._ours = self._ended = False
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def take(self) -> None:
         """The run is this job's alone, from here on."""
@@ -86,15 +86,19 @@ class StateKeeper:
 
     def saved(self, step: int) -> None:
         """The checkpoint of `step` is on disk. Raises OSError."""
-        assert self._now is not None
-        self._put(dataclasses.replace(self._now, step=step, checkpoint=_checkpoint(step), starts=1))
+        with self._lock:  # another thread may have said that the run is over
+            assert self._now is not None
+            self._put(dataclasses.replace(self._now, step=step, checkpoint=_checkpoint(step), starts=1))
 
     def end(self, exit_code: int, reason: str = "") -> None:
         """How the run ended; the first call counts. A full disk leaves the file as it was."""
-        now = self._now or self._left_behind()
-        if now is None or self._ended:
-            return
-        self._ended = True
+        with self._lock:
+            now = self._now or self._left_behind()
+            if now is not None and not self._ended:
+                self._ended = True
+                self._put_end(now, exit_code, reason)
+
+    def _put_end(self, now: RunState, exit_code: int, reason: str) -> None:
         state: Literal["stopped", "done", "failed"]
         action: Literal["requeue", "none", "mend"]
         if exit_code == exit_codes.DONE:
@@ -124,16 +128,11 @@ class StateKeeper:
         return True
 
     def _put(self, state: RunState) -> None:
-        with self._lock:
-            self._now = dataclasses.replace(
-                state,
-                host=socket.gethostname(),
-                pid=os.getpid(),
-                time=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            )
-            if dist.announced()[0] == 0:
-                text = json.dumps(dataclasses.asdict(self._now), indent=1) + "\n"
-                disk.write_file(self._run_dir / FILE, text.encode())
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        self._now = dataclasses.replace(state, host=socket.gethostname(), pid=os.getpid(), time=now)
+        if dist.announced()[0] == 0:
+            text = json.dumps(dataclasses.asdict(self._now), indent=1) + "\n"
+            disk.write_file(self._run_dir / FILE, text.encode())
 
 
 def _checkpoint(step: int) -> str | None:

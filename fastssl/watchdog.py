@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from fastssl import dist
 from fastssl.failing import LAST_WORDS_S, Board, Ended, Notice, explain, leave, say, tell
 from fastssl.run_state import StateKeeper
-from fastssl.stopping import StopRequest
+from fastssl.stopping import StoppedEarly, StopRequest
 from pipelines.loader import Batch
 from shard_tools import exit_codes
 
@@ -150,20 +150,18 @@ class Watchdog:
     # The thread that waits for nobody.
 
     def _watch(self) -> None:
-        first_signal: float | None = None
+        first: dict[int, float] = {}  # when each kind of signal came first
         beats, stood_s, last = -1, 0.0, time.monotonic()
         while not self._closing.is_set():
             select.select([self._read], [], [], TICK_S)
             now = time.monotonic()
             for number in self._signals():
-                first_signal = first_signal or now
-                if now - first_signal > SAME_REQUEST_S:
+                if now - first.setdefault(number, now) > SAME_REQUEST_S:
                     leave(128 + number)
             if self._agent is not None and os.getppid() != self._agent:
                 self._agent = None
-                first_signal = first_signal or now
                 self._stop.ask()
-            if first_signal and not self._stop.begun and now - first_signal > EARLY_GRACE_S:
+            if first and not self._stop.begun and now - min(first.values()) > EARLY_GRACE_S:
                 self._leave_early()
             if self._notice and now - self._since_notice > GRACE_S and not self._closing.is_set():
                 leave(self._code())
@@ -179,11 +177,8 @@ class Watchdog:
     def _leave_early(self) -> None:
         """The main thread is inside C++, waiting for other ranks perhaps, and nothing has to be saved."""
         self._closing.set()
-        code, text = exit_codes.STOPPED, "stopped while starting, nothing is lost; the same command goes on from there"
-        if dist.announced()[0] == 0:
-            say(code, text)
-        self._state.end(code, text)
-        leave(code)
+        self._close_in(tell(StoppedEarly("asked to stop"), self._board))
+        leave(self._code())
 
     def _hang(self) -> None:
         """Print all stacks, learn from the others who stands where, and leave."""

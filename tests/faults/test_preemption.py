@@ -43,6 +43,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(monitored_shards, tmp_path, fo
         )  # fmt: skip
         assert stopped.code == exit_codes.STOPPED, stopped.said
         assert stopped.said.count("saved; the same command goes on from there") == 1
+        assert stopped.said.count("the evaluation after step 6 is left out") == (stage == "evaluation")
         assert_saved(stopped)
         slowest = max(slowest, stopped.slowest_s)
         if i == 0:

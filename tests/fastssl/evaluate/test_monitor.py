@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from fastssl.evaluate.monitor import KnnMonitor
 from fastssl.evaluate.settings import load
 from fastssl.methods import RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
+from fastssl.stopping import Interrupted, Reason
 from shard_tools.manifest import Manifest, ShardError
 
 SMALL = [
@@ -59,6 +61,31 @@ def test_training_with_a_monitor_is_bit_equal_to_training_without(patch_shards):
         weights.append(method.state_dict())
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+
+
+def test_a_monitor_that_is_broken_off_leaves_nothing_behind(patch_shards):
+    """At its first word, after the features of the bank, and in the search for neighbours."""
+    cfg = settings(patch_shards)
+    method = method_of(cfg)
+    monitor = monitor_of(cfg, method, patch_shards)
+    asked = []
+    whole = monitor(lambda: asked.append(True))
+    assert len(asked) == 3
+    threads = threading.active_count()
+    before = {key: value.clone() for key, value in method.state_dict().items()}
+    for last in (1, 2, 3):
+        calls = iter(range(last))
+
+        def between(calls=calls, last=last):
+            if next(calls) == last - 1:
+                raise Interrupted(Reason.ASKED)
+
+        with pytest.raises(Interrupted):
+            monitor(between)
+        assert all(m.training for m in method.backbone().modules())
+        assert threading.active_count() == threads
+    assert all(torch.equal(value, before[key]) for key, value in method.state_dict().items())
+    assert monitor() == whole
 
 
 def test_the_monitor_says_what_the_evaluator_says_of_the_checkpoint(patch_shards, tmp_path):
