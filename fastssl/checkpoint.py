@@ -51,6 +51,7 @@ from fastssl.checkpoint_files import (
 from fastssl.config import convert
 from fastssl.methods import Method, RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
+from fastssl.rejection import refuse_not_finite
 from fastssl.schedule import Clock
 from fastssl.settings import Config, EncoderConfig
 from pipelines.views import role_counts
@@ -94,6 +95,7 @@ def save(
     root = run_dir / "checkpoints"
     final, beside = root / f"step-{step:08d}", root / f".writing-step-{step:08d}"
     own = {**_random_states(), "method": dict(rank_state or {})}
+    refuse_not_finite({"model": model.state_dict(), "training": training, "rank": own}, f"{final} is not written")
     num_bytes = _num_bytes([model.state_dict(), training, own]) + (dist.world() - 1) * _num_bytes(own)
     main, together = dist.rank() == 0, functools.partial(_on_all_ranks_or_none, root, step, num_bytes)
     with together():

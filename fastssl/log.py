@@ -6,7 +6,6 @@ Only rank 0 writes. Values stay on the device until a log line is due, so that t
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -87,11 +86,24 @@ class RunLog:
             with self._bad_list.open("a") as file:
                 file.write(sentence + "\n")
 
-    def step(self, step: int, output: Output, lr: float, waited_s: float, replaced: Sequence[str] = ()) -> None:
-        """After step `step` (0-based). A collective each `every` steps. Raises FloatingPointError on a bad loss."""
+    def step(
+        self,
+        step: int,
+        output: Output,
+        lr: float,
+        waited_s: float,
+        replaced: Sequence[str] = (),
+        rejected: Tensor | None = None,
+    ) -> None:
+        """After step `step` (0-based). A collective each `every` steps.
+
+        rejected    boolean scalar on the device, equal on all ranks: then the step is counted, and in no mean
+        """
         values = {"loss": output.loss, **output.logs}
         self._names = list(values)
-        packed = torch.stack([v.detach().float() for v in values.values()])
+        packed = torch.stack([*(v.detach().float() for v in values.values()), torch.ones_like(output.loss.detach())])
+        if rejected is not None:
+            packed = torch.where(rejected, 0.0, packed)
         self._sum = packed if self._sum is None else self._sum + packed
         self._count += 1
         self._waited_s += waited_s
@@ -102,7 +114,8 @@ class RunLog:
             if self._progress:
                 self._progress.update(self._task, completed=done)
             return
-        means = dict(zip(self._names, dist.all_reduce_mean(self._sum / self._count).tolist()))
+        *sums, taken = dist.all_reduce_mean(self._sum / self._count).tolist()  # taken: the share of steps, 1 if healthy
+        means = {name: value / taken for name, value in zip(self._names, sums)} if taken else {}
         elapsed = time.perf_counter() - self._window_began
         rates = {
             "lr": lr,
@@ -110,18 +123,14 @@ class RunLog:
             "step_s": elapsed / self._count,
             "data_wait": self._waited_s / elapsed,
             "replaced_samples": float(dist.all_reduce_sum(torch.tensor(self._num_replaced)).item()),
+            "rejected_steps": float(round(self._count * (1.0 - taken))),
         }
         self.record(done, {**means, **rates})
-        self._show(done, means["loss"], rates, elapsed / self._count)
+        self._show(done, means.get("loss"), rates, elapsed / self._count)
         for sentence in self._watch.look(done, means):
             self.say(f"warning: {sentence}")
         self._sum, self._count, self._waited_s, self._window_began = None, 0, 0.0, time.perf_counter()
         self._num_replaced = 0
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(
-                f"the loss became {means['loss']} in the {self.every} steps before step {done}; "
-                f"lower optim.lr, add optim.warmup, or run with run.precision=bf16 or fp32"
-            )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
@@ -147,11 +156,12 @@ class RunLog:
         self._jsonl.close()
         self._board.close()
 
-    def _show(self, done: int, loss: float, rates: dict[str, float], step_s: float) -> None:
+    def _show(self, done: int, loss: float | None, rates: dict[str, float], step_s: float) -> None:
         if not self.main:
             return
         speed = f"{rates['images_per_s']:.0f} images/s, {rates['data_wait']:.1%} waiting"
-        text = f"loss {loss:.3f}  lr {rates['lr']:.2g}  {speed}"
+        shown = "every step rejected" if loss is None else f"loss {loss:.3f}"
+        text = f"{shown}  lr {rates['lr']:.2g}  {speed}"
         if self._progress:
             self._progress.update(self._task, completed=done, description=text)
         elif done == self.total or time.monotonic() - self._last_plain_line >= PLAIN_LINE_EVERY_S:
@@ -168,7 +178,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _reopen(path: Path, start: int) -> Any:
     kept = [line for line in _whole_lines(path) if line["step"] <= start] if path.is_file() else []
-    path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    beside = path.with_name(f".{path.name}")
+    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    beside.replace(path)  # not in place: a job that is killed here must not lose its metrics
     return path.open("a")
 
 

@@ -17,7 +17,11 @@ def build_optimizer(method: nn.Module, config: OptimConfig, device: torch.device
     if config.fused == "apex" and config.name != "sgd":
         raise ValueError(f"optim.fused is 'apex', which fastssl offers for sgd only, not {config.name}; say torch")
     if config.name == "adam":
-        return torch.optim.Adam(groups, lr=config.lr, fused=fused)
+        # Without the fused kernel a GPU's count of steps would lie on the host, where no rejected step is taken back.
+        on_device = not fused and device.type == "cuda"
+        adam = torch.optim.Adam(groups, lr=config.lr, fused=fused, capturable=on_device)
+        start_adam_(adam)
+        return adam
     options: dict[str, Any] = {"lr": config.lr, "momentum": config.momentum, "nesterov": config.nesterov}
     if config.fused == "apex":
         return _apex_sgd(groups, options, device)
@@ -32,6 +36,14 @@ def build_optimizer(method: nn.Module, config: OptimConfig, device: torch.device
         for parameter in (p for group in optimizer.param_groups for p in group["params"]):
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+def start_adam_(adam: torch.optim.Adam) -> None:
+    """The state that its first step would make, so that a first step can be taken back."""
+    for group in adam.param_groups:
+        for p in group["params"]:
+            count = torch.zeros((), device=p.device if group["fused"] or group["capturable"] else "cpu")
+            adam.state[p] = {"step": count, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
 class Lars(torch.optim.SGD):

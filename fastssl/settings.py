@@ -184,6 +184,8 @@ class RunConfig:
     threads         torch's CPU threads per rank; 0 leaves torch's own choice
     timeout_s       no step, batch of an evaluation or save in so many seconds ends the run, with the stacks of all
                     ranks; three times as long, and ten minutes at least, before the first step; 0: never
+    max_rejected    when so many steps in a row were rejected, because a loss or a gradient of some rank was not finite,
+                    the run saves and stops. Half precision rejects up to 16 until GradScaler has found its scale
     """
 
     dir: str
@@ -201,9 +203,11 @@ class RunConfig:
     resume: Literal["auto", "never"] = "auto"
     threads: int = 0
     timeout_s: float = 600.0
+    max_rejected: int = 20
 
     def __post_init__(self) -> None:
         require(self.timeout_s >= 0.0, "run.timeout_s", self.timeout_s, "0 (never) or more seconds")
+        require(self.max_rejected >= 1, "run.max_rejected", self.max_rejected, "1 or more")
         require(self.batch_size >= 1, "run.batch_size", self.batch_size, "1 or more")
         require(0 <= self.seed < 2**63, "run.seed", self.seed, "a whole number from 0")
         require(self.log_every >= 1, "run.log_every", self.log_every, "1 or more")

@@ -48,7 +48,8 @@ settings are key=value; the same command with the same run.dir resumes
 SIGTERM, SIGUSR1 or Ctrl-C: saves after this step and stops; a second one ends at once. run.timeout_s=600: without
 progress for so long it ends, with all stacks. RUN.DIR/run_state.json tells a scheduler what to do next
 exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
-            8 the loss is not finite, 75 stopped on request and saved
+            5 another job runs here, 6 no progress, 7 damaged files, 8 too many steps in a row were not finite, stopped and
+            saved, 9 another rank failed, 75 stopped on request and saved
 """
 
 
@@ -131,7 +132,7 @@ def _run(cfg: Config, state: StateKeeper, stop: StopRequest, watchdog: Watchdog)
 
         def step_done() -> Reason:
             watchdog.step_done()
-            return stop.agreed(trouble(log, manifest, cfg))
+            return stop.agreed(trouble(training, log, manifest, cfg))
 
         try:
             stop.begin()
@@ -143,7 +144,7 @@ def _run(cfg: Config, state: StateKeeper, stop: StopRequest, watchdog: Watchdog)
             stop.close()
         finally:
             log.close()
-        code, sentence = outcome(reason, stopped_at, total, manifest, cfg)
+        code, sentence = outcome(reason, stopped_at, total, training, manifest)
         state.end(code, sentence)
     if sentence and dist.rank() == 0:
         failing.say(code, sentence)
@@ -170,8 +171,9 @@ def fit(
         waited_s = time.perf_counter() - began
         output = training.step(to_device(batch, training.cfg, training.device), step, lr(step))
         if training.probe:
-            output.logs |= training.probe.learn(batch.labels)
-        log.step(step, output, lr(step), waited_s, batch.replaced)
+            output.logs |= training.probe.learn(batch.labels, training.rejection.rejected)
+        training.rejection.remember(batch.ids)
+        log.step(step, output, lr(step), waited_s, batch.replaced, training.rejection.rejected)
 
         done, last, reason = step + 1, step + 1 == steps.stop, stop()
         if evaluate_every and not reason and (done % evaluate_every == 0 or last):
@@ -208,27 +210,54 @@ def open_loader(cfg: Config, manifest: Manifest, device: torch.device) -> Loader
     )
 
 
-def trouble(log: RunLog, manifest: Manifest, cfg: Config) -> Reason:
-    """What this rank has found that must end the run: more bad samples than its share of what is allowed, or nothing.
+def trouble(training: Training, log: RunLog, manifest: Manifest, cfg: Config) -> Reason:
+    """What this rank has found that must end the run: too many rejected steps, more bad samples than its share of what
+    is allowed, or nothing.
 
     One bad sample is always allowed.
     """
+    if training.rejection.too_many():
+        return Reason.NOT_FINITE
     too_many = len(log.bad) * dist.world() > max(1.0, cfg.loader.max_bad * manifest.num_samples)
     return Reason.TOO_MANY_BAD if too_many else Reason.NONE
 
 
-def outcome(reason: Reason, stopped_at: int, total: int, manifest: Manifest, cfg: Config) -> tuple[int, str]:
-    """The exit code of a run whose loop ended and saved, and what to say about it."""
+def outcome(reason: Reason, stopped_at: int, total: int, training: Training, manifest: Manifest) -> tuple[int, str]:
+    """The exit code of a run whose loop ended and saved, and what to say about it. A collective."""
+    cfg = training.cfg
+    if reason == Reason.NOT_FINITE:
+        return exit_codes.NOT_FINITE, why_rejected(training, manifest, Path(cfg.run.dir), stopped_at)
     if reason == Reason.TOO_MANY_BAD:
         return exit_codes.TOO_MANY_BAD, (
             f"more than {cfg.loader.max_bad:.2%} of the samples of {manifest.place} are bad, "
-            f"{cfg.run.dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --full "
+            f"{cfg.run.dir}/bad-samples-*.txt lists them; saved at step {stopped_at}; run `shard_tools verify --decode "
             f"{manifest.place}`, or allow more with loader.max_bad"
         )
     if reason == Reason.ASKED:
         sentence = f"stopped at step {stopped_at} of {total}, saved; the same command goes on from there"
         return exit_codes.STOPPED, sentence
     return exit_codes.DONE, ""
+
+
+def why_rejected(training: Training, manifest: Manifest, run_dir: Path, step: int) -> str:
+    """A sentence on what made the steps before `step` be rejected, on all ranks. A collective.
+
+    Ranks whose own numbers were bad write the names of their samples to a file each.
+    """
+    names = [manifest.member_name(row) for row in training.rejection.suspects()]
+    if names:
+        (run_dir / f"not-finite-rank-{dist.rank()}.txt").write_text("".join(f"{name}\n" for name in names))
+    first = [name for of_rank in dist.all_say(names[:3]) for name in of_rank]
+    where = (
+        f"with {', '.join(first[:3])} and others in their batches, all listed in {run_dir}/not-finite-rank-*.txt"
+        if first
+        else "though no loss was, so that the backward is where they came from"
+    )
+    return (
+        f"{training.cfg.run.max_rejected} steps in a row were rejected because of a NaN or an infinity, {where}; "
+        f"weights are as they were before, saved at step {step}; look at these images, and if they are sound, begin "
+        "anew in another run.dir with a lower optim.lr, with optim.warmup, or with run.precision=bf16 or fp32"
+    )
 
 
 def set_threads(cfg: Config, device: torch.device) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastssl.methods import Method, Output, RunFacts, build_method
 from fastssl.nn.encoder import build_encoder
 from fastssl.optim import build_optimizer, set_lr
 from fastssl.precision import autocast
+from fastssl.rejection import FlooredGradScaler, Rejection
 from fastssl.schedule import Clock
 from fastssl.settings import Config
 from pipelines.loader import Batch, normalize
@@ -41,21 +43,31 @@ class Training:
         method.train()
         compile_encoders_(method, cfg.run.compile)
         optimizer = build_optimizer(method, cfg.optim, device)
-        scaler = torch.amp.GradScaler(device.type, enabled=cfg.run.precision == "fp16")
+        scaler = FlooredGradScaler(device.type, enabled=cfg.run.precision == "fp16")
         return cls(cfg, device, method, optimizer, scaler, dist.wrap_method(method))
 
+    @functools.cached_property
+    def rejection(self) -> Rejection:
+        """Made by the first step, when a resume has put all that moves in its place."""
+        return Rejection(self.method, self.optimizer, self.scaler, self.cfg.run.max_rejected)
+
     def step(self, views: dict[str, list[Tensor]], step: int, lr: float) -> Output:
-        """One optimiser step on normalised float views; nothing in it waits for the device."""
+        """One optimiser step on normalised float views; nothing in it waits for the device.
+
+        If a loss or a gradient of any rank is not finite, nothing but the scaler is afterwards what it was not before.
+        """
         set_lr(self.optimizer, lr)
+        self.rejection.keep()
         self.method.before_step(step)
         with autocast(self.cfg.run.precision, self.device):
             output: Output = self.model(views, step)
+        self.rejection.look(output.loss)
         self.scaler.scale(output.loss).backward()
         self.method.after_backward(step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.rejection.update()
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(output)
+        self.rejection.put_back()
         return output
 
 

@@ -18,7 +18,8 @@ from torch.nn import functional
 
 from fastssl import dist
 from fastssl.methods import Method
-from fastssl.optim import set_lr
+from fastssl.optim import set_lr, start_adam_
+from fastssl.rejection import Kept
 from fastssl.settings import OnlineConfig
 from shard_tools.manifest import Manifest, ShardError
 
@@ -36,13 +37,19 @@ class OnlineProbe:
         self.layer = nn.utils.skip_init(nn.Linear, width, num_classes, device=device)
         nn.init.zeros_(self.layer.weight)
         nn.init.zeros_(self.layer.bias)
-        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=config.lr)
+        # On a GPU torch's fused kernel has its count of steps there, where a step can be taken back.
+        on_gpu = torch.device(device).type == "cuda"
+        self.optimizer = torch.optim.Adam(self.layer.parameters(), lr=config.lr, fused=on_gpu or None)
+        start_adam_(self.optimizer)
+        self._kept: Kept | None = None  # made by the first step, after a resume
         self._features: Tensor | None = None
         backbone.register_forward_hook(self._catch)
 
-    def learn(self, labels: Tensor) -> dict[str, Tensor]:
+    def learn(self, labels: Tensor, rejected: Tensor | None = None) -> dict[str, Tensor]:
         """One step on labels (B,) that lie on the device, and how this rank's batch was classified before it.
 
+        rejected    boolean scalar on the device, equal on all ranks: then, or if the probe's own gradients are not
+                    finite, layer and optimiser stay as they are
         Returns scalars "online/top1" and "online/loss" without gradient; nothing waits for the device.
         """
         assert self._features is not None
@@ -50,12 +57,18 @@ class OnlineProbe:
         with torch.enable_grad():
             logits = self.layer(functional.layer_norm(features, features.shape[1:]))
             loss = functional.cross_entropy(logits, labels)
+        if self._kept is None:
+            states = [t for state in self.optimizer.state.values() for t in state.values()]
+            self._kept = Kept([*self.layer.parameters(), *states])
+        self._kept.keep()
         self.optimizer.zero_grad()
         loss.backward()
         for parameter in self.layer.parameters():
             assert parameter.grad is not None
             parameter.grad = dist.all_reduce_mean(parameter.grad)
+        taken = torch.stack([p.grad.isfinite().all() for p in self.layer.parameters() if p.grad is not None]).all()
         self.optimizer.step()
+        self._kept.put_back(~taken if rejected is None else rejected | ~taken)
         return {"online/top1": (logits.detach().argmax(1) == labels).float().mean(), "online/loss": loss.detach()}
 
     def state_dict(self) -> dict[str, Any]:

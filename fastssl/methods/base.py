@@ -73,6 +73,10 @@ class Method(nn.Module):
         """
         return None
 
+    def moved_before_step(self) -> list[nn.Parameter]:
+        """Parameters with gradients that `before_step` changes, so that a rejected step can be taken back."""
+        return []
+
     def before_step(self, step: int) -> None:
         """Before the forward."""
 
@@ -80,7 +84,7 @@ class Method(nn.Module):
         """After the backward, before the optimiser: the place to drop gradients."""
 
     def after_step(self, output: Output) -> None:
-        """After the optimiser: the place to move queues."""
+        """After the optimiser: the place to move queues, in place: a rejected step puts buffers back."""
 
 
 def require_roles(method: str, got: Mapping[str, int], want: Mapping[str, int], **at_will: int) -> None:

@@ -95,8 +95,9 @@ class SwavConfig:
 class Swav(Method):
     """Views: `global` 2, whose codes are predicted, and any number of `local`, which only predict; (B, 3, S, S)."""
 
-    own_buffers: ClassVar[tuple[str, ...]] = ("queue",)
+    own_buffers: ClassVar[tuple[str, ...]] = ("queue", "num_queued")
     queue: Tensor  # (2, L, C), newest rows first; each rank has its own
+    num_queued: Tensor
 
     def __init__(self, backbone: nn.Module, config: SwavConfig, facts: RunFacts) -> None:
         require_roles(config.name, facts.roles, {"global": ASSIGNED}, local=0)
@@ -117,12 +118,13 @@ class Swav(Method):
             sync_batchnorm_(self)
         rows = config.queue_length // facts.clock.batch_size * facts.clock.batch_size // dist.world()
         self.register_buffer("queue", torch.zeros(ASSIGNED, rows, config.dim), persistent=False)
-        self.num_queued = 0  # on the host, because it decides what a step computes
+        self.register_buffer("num_queued", torch.zeros((), dtype=torch.int64), persistent=False)
+        self._known_full = False
 
     def forward(self, views: Views, step: int) -> Output:
         crops = [*views["global"], *views.get("local", ())]
         embeddings = self.embed(crops)
-        scores, queue = self.scores(embeddings), Queue(self.queue, self.num_queued)
+        scores, queue = self.scores(embeddings), self.queue_before(step)
         codes = self.codes(scores[:ASSIGNED], queue)
         loss = swapped_prediction(scores, codes, self.config.temperature)
         return Output(loss, self.logs(embeddings, codes), carry=self.pushed(queue, embeddings[:ASSIGNED], step))
@@ -133,6 +135,9 @@ class Swav(Method):
     def chance_level(self) -> float:
         """ln P: every prototype equally likely."""
         return math.log(self.config.num_prototypes)
+
+    def moved_before_step(self) -> list[nn.Parameter]:
+        return [self.prototypes.weight]
 
     @torch.no_grad()
     def before_step(self, step: int) -> None:
@@ -150,7 +155,20 @@ class Swav(Method):
         queue: Queue = output.carry
         if queue.rows is not self.queue:
             self.queue.copy_(queue.rows)
-            self.num_queued = queue.filled
+            self.num_queued.fill_(queue.filled)
+
+    def queue_before(self, step: int) -> Queue:
+        """The queue that a step finds.
+
+        How much of it is filled decides what the step computes. A step that was rejected has not filled it, so the
+        host waits for the device while it fills: not before that, and no longer once it is full.
+        """
+        length = self.queue.shape[1]
+        filled = length if self._known_full else 0
+        if length and not self._known_full and step > self.queue_from:
+            filled = int(self.num_queued)
+            self._known_full = filled == length
+        return Queue(self.queue, filled)
 
     def embed(self, crops: Sequence[Tensor]) -> Tensor:
         """(V, B, C) unit embeddings, in the order of the crops."""
@@ -183,16 +201,16 @@ class Swav(Method):
     def logs(self, embeddings: Tensor, codes: Sequence[Tensor]) -> dict[str, Tensor]:
         logs = {"feature_std": feature_std(embeddings[0]), "prototype_entropy": usage_entropy(torch.stack(list(codes)))}
         if self.queue.shape[1]:
-            logs["queue_filled"] = torch.full((), self.num_queued / self.queue.shape[1], device=embeddings.device)
+            logs["queue_filled"] = self.num_queued / self.queue.shape[1]
         return logs
 
     def rank_state(self) -> dict[str, Tensor]:
-        return {"queue": self.queue, "num_queued": torch.tensor(self.num_queued)} if self.queue.shape[1] else {}
+        return {"queue": self.queue, "num_queued": self.num_queued} if self.queue.shape[1] else {}
 
     def load_rank_states(self, states: Sequence[Mapping[str, Tensor]]) -> str | None:
         if not self.queue.shape[1]:
             return None
-        own = self._own_queue([Queue(s["queue"], int(s["num_queued"])) for s in states])
+        own, self._known_full = self._own_queue([Queue(s["queue"], int(s["num_queued"])) for s in states]), False
         if own is None:
             steps = self.queue.shape[1] * dist.world() // self.clock.batch_size
             return (
@@ -200,7 +218,7 @@ class Swav(Method):
                 f"empty, and codes do without it until {steps} steps have filled it"
             )
         self.queue.copy_(own.rows)
-        self.num_queued = own.filled
+        self.num_queued.fill_(own.filled)
         return None
 
     def _own_queue(self, queues: Sequence[Queue]) -> Queue | None:

@@ -91,7 +91,7 @@ class UnmixSwav(Swav):
 
     def _reference(self, sets: _Sets, lams: Sequence[float], step: int) -> _Losses:
         (originals, scores), (mixed, mixed_scores) = sets
-        queue, codes = Queue(self.queue, self.num_queued), []
+        queue, codes = self.queue_before(step), []
         reversed_first = (first_reversed(mixed), first_reversed(mixed_scores))
         for rows, row_scores in ((originals, scores), (mixed, mixed_scores), reversed_first):
             codes.append(self.codes(row_scores[:ASSIGNED], queue))
@@ -105,7 +105,7 @@ class UnmixSwav(Swav):
 
     def _corrected(self, sets: _Sets, lams: Sequence[float], step: int) -> _Losses:
         (originals, scores), (_, mixed_scores) = sets
-        queue, temperature = Queue(self.queue, self.num_queued), self.config.temperature
+        queue, temperature = self.queue_before(step), self.config.temperature
         codes = self.codes(scores[:ASSIGNED], queue)
         mixed_codes = [*self.codes(mixed_scores[:1], queue), codes[1]]
         original = swapped_prediction(scores, codes, temperature)

@@ -6,6 +6,7 @@ only and stands for the GPU, it also counts copies between host and device; read
 """
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -40,6 +41,7 @@ FORMS = {
     "swav": ["method=swav", *SWAV, "method.queue_length=16", "method.queue_from=0steps"],
     "unmix_swav": ["method=unmix_swav", *SWAV, "method.queue_length=16", "method.queue_from=0steps"],
 }
+FILLING = 3  # steps until the host knows that SwAV's queue of two batches is full; it asks at each of them (see below)
 ON_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "equal", "is_nonzero"}
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
@@ -76,38 +78,66 @@ def batches(cfg):
     return SyntheticLoader(specs, batch_size=BATCH, channels=channels, output="float32").batches()
 
 
+def fill_queue(trained):
+    """The steps in which SwAV fills its queue; none for other methods. Returns how many."""
+    steps = FILLING if hasattr(trained.method, "num_queued") else 0
+    for step, batch in zip(range(steps), batches(trained.cfg)):
+        trained.step(to_device(batch, trained.cfg, trained.device), step, 0.01)
+    return steps
+
+
 def test_every_method_is_looked_at():
     assert {config.load([*SMALL, *form]).method["name"] for form in FORMS.values()} == set(METHODS)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_loop_waits_for_nothing_but_data_between_log_lines(form, tmp_path):
-    """Four steps of `fit` with no line, save or evaluation due before the end; SwAV's queue fills and is used."""
+    """Four steps of `fit` with no line, save or evaluation due before the end; SwAV's queue is full and in use."""
     trained = training(form)
+    first = fill_queue(trained)
     log = RunLog(tmp_path, 0, 100, BATCH, every=50)
     saved = []
     with Waits("cpu") as waits:
         train.fit(
-            trained, batches(trained.cfg), lambda step: 0.01, log, steps=range(4), save=saved.append, save_every=0,
-            evaluate=dict, evaluate_every=0, stop=lambda: False,
+            trained, batches(trained.cfg), lambda step: 0.01, log, steps=range(first, first + 4), save=saved.append,
+            save_every=0, evaluate=dict, evaluate_every=0, stop=lambda: False,
         )  # fmt: skip
     log.close()
     assert waits.seen == []
-    assert saved == [4]
+    assert saved == [first + 4]
+
+
+@pytest.mark.parametrize("form", ["swav", "unmix_swav"])
+def test_swav_waits_once_a_step_while_its_queue_fills_and_never_before_or_after(form):
+    """How full it is decides what a step computes, and a rejected step has not filled it."""
+    trained = training(form, "method.queue_from=2steps", "method.queue_length=48")
+    waited = []
+    for step, batch in zip(range(12), batches(trained.cfg)):
+        with Waits("cpu") as waits:
+            trained.step(to_device(batch, trained.cfg, trained.device), step, 0.01)
+        waited.append(len(waits.seen))
+    pushes = 3 if form == "unmix_swav" else 1  # of 8 rows each, in a step
+    assert waited == [0] * 3 + [1] * (6 // pushes) + [0] * (9 - 6 // pushes)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_step_on_another_device_copies_nothing_to_or_from_the_host(form, monkeypatch):
-    """Without autocast and the fused kernel, which do not know this device; the loop on the CPU has the kernel."""
+    """Without autocast and the fused kernel, which do not know this device; the loop on the CPU has the kernel.
+
+    SwAV's queue is filled on the CPU before.
+    """
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
     trained = training(form, "optim.fused=off")
+    fill_queue(trained)
     device = torch.device("meta")
     trained.method.to(device)
-    trained.optimizer = build_optimizer(trained.method, trained.cfg.optim, device)
+    trained = dataclasses.replace(
+        trained, device=device, optimizer=build_optimizer(trained.method, trained.cfg.optim, device)
+    )
     views = to_device(next(batches(trained.cfg)), trained.cfg, device)
-    trained.step(views, 0, 0.01)  # the first one may make what later ones keep
+    trained.step(views, FILLING, 0.01)  # the first one may make what later ones keep
     with Waits("meta") as waits:
-        for step in (1, 2, 3):
+        for step in range(FILLING + 1, FILLING + 4):
             output = trained.step(views, step, 0.01)
     assert output.loss.device == device
     assert waits.seen == []

@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 import torch
 
 from fastssl.log import RunLog, read_metrics
@@ -53,11 +52,15 @@ def test_time_in_a_pause_is_left_out_of_the_rates(tmp_path):
     assert read_metrics(tmp_path)[0]["step_s"] < 0.4
 
 
-def test_a_loss_that_is_not_finite_is_written_and_then_raised(tmp_path):
-    log = RunLog(tmp_path, 0, 4, batch_size=4, every=1)
-    with pytest.raises(FloatingPointError, match=r"the loss became nan in the 1 steps before step 1; lower optim\.lr"):
-        log.step(0, output(float("nan")), 0.1, 0.0)
+def test_rejected_steps_are_counted_and_in_no_mean(tmp_path):
+    log = RunLog(tmp_path, 0, 6, batch_size=4, every=3)
+    for step, loss in enumerate((1.0, float("nan"), 2.0, float("nan"), float("inf"), 3.0)):
+        log.step(step, output(loss), 0.1, 0.0, rejected=torch.tensor(step in (1, 3, 4, 5)))
     log.close()
+    some, none = read_metrics(tmp_path)
+    assert (some["loss"], some["contrast_top1"], some["rejected_steps"]) == (1.5, 0.5, 1.0)
+    assert none["rejected_steps"] == 3.0
+    assert not {"loss", "contrast_top1"} & none.keys()
 
 
 def test_without_a_terminal_lines_are_few_and_the_last_is_there(tmp_path, capsys):
