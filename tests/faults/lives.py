@@ -42,7 +42,8 @@ class Watch:
 
     chain   folder: each rank appends to rank-R.jsonl what it is handed as each batch (see `chain`)
     die     "PLACE:N" kills the whole job, or "PLACE:N@R" only when rank R comes there. Places: "batch", when step N is
-            handed its batch; "fsync", in the N-th fsync of a process; "rename", before its N-th rename of a file
+            handed its batch; "fsync", in the N-th fsync of a process; "rename", before its N-th rename of a file;
+            "emptied", when the file of name N was emptied to be written anew
     """
 
     chain: str = ""
@@ -410,6 +411,17 @@ def _die_at(point: str) -> None:
                 yield batch
 
         Loader.batches = batches  # type: ignore[method-assign]
+        return
+    if place == "emptied":
+        write_text = Path.write_text
+
+        def emptied(path: Path, *arguments: Any, **more: Any) -> int:
+            if path.name == number:
+                path.open("w").close()
+                die()
+            return write_text(path, *arguments, **more)
+
+        Path.write_text = emptied  # type: ignore[method-assign, assignment]
         return
     names = {"fsync": ("fsync",), "rename": ("rename", "replace")}[place]
     for name in names:

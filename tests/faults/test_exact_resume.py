@@ -182,3 +182,14 @@ def test_a_run_killed_at_a_chosen_moment_goes_on_to_the_same_bits(runs, ranks, r
         assert life.finish() == 0, life.err
         assert_same_run(run_dir, reference, ranks)
     record_property("seen", f"{sum(map(len, lives))} moments on {ranks}")
+
+
+@pytest.mark.fault("SIGKILL while a resumed run takes up metrics.jsonl", "no line is lost", exit_code=0)
+@pytest.mark.parametrize("point", ["emptied:metrics.jsonl", "rename:1"])
+def test_a_run_killed_while_it_resumes_keeps_its_metrics(runs, point):
+    reference, *_ = runs.reference("moco_v2", 1)
+    name = f"metrics-{point.partition(':')[0]}"
+    for die in ("batch:6", point, ""):
+        life, run_dir = runs.start("moco_v2", name, 1, False, die=die)
+        assert life.finish() in (0, -signal.SIGKILL), life.err
+    assert_same_run(run_dir, reference, 1)
