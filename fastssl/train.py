@@ -48,8 +48,8 @@ settings are key=value; the same command with the same run.dir resumes
 SIGTERM, SIGUSR1 or Ctrl-C: saves after this step and stops; a second one ends at once. run.timeout_s=600: without
 progress for so long it ends, with all stacks. RUN.DIR/run_state.json tells a scheduler what to do next
 exit codes: 0 done, 2 a setting or the data is wrong, 3 too many bad samples, stopped and saved, 4 disk full,
-            5 another job runs here, 6 no progress, 7 damaged files, 8 too many steps in a row were not finite, stopped and
-            saved, 9 another rank failed, 75 stopped on request and saved
+            5 another job runs here, 6 no progress, 7 damaged files, 8 too many steps in a row were not finite,
+            stopped and saved, 9 another rank failed, 75 stopped on request and saved
 """
 
 
@@ -184,7 +184,7 @@ def fit(
                 log.say(f"the evaluation after step {done} is left out, to stop now")
         if last or reason or (save_every and done % save_every == 0):
             save(done)
-        if reason and not last:
+        if reason == Reason.NOT_FINITE or (reason and not last):
             return done, reason
     return steps.stop, Reason.NONE
 

@@ -33,6 +33,7 @@ GRACE_S = 4.0  # for the main thread to come out by itself, once it is known tha
 EARLY_GRACE_S = 2.0  # the same before the first step, where nothing has to be saved
 SAME_REQUEST_S = 1.0  # Slurm and torchrun's agent both hand a signal on: within this time two are one
 REPORTS_S = 1.5  # for the other ranks to say where they stand
+WITNESSES = 8  # ranks that ask all others where they stand: of a thousand ranks not all a thousand times
 BEFORE_FIRST_STEP = 3  # times run.timeout_s, and at least _LEAST_BEFORE_S: reading an index, compiling
 _LEAST_BEFORE_S = 600.0
 
@@ -221,10 +222,12 @@ class Watchdog:
         board.post("hang", "")
         until = time.monotonic() + REPORTS_S
         found: dict[int, str] = {}
-        while len(found) < world and time.monotonic() < until:
+        while rank < WITNESSES and len(found) < world and time.monotonic() < until:
             time.sleep(0.05)
             found |= {r: text for r in range(world) if r not in found and (text := board.posted(f"at/{r}"))}
-        self._say_hang(_who(found, world))
+        if rank >= WITNESSES:
+            board.wait(REPORTS_S + TICK_S)
+        self._say_hang(_who(found, world) if found else f"rank {rank} stands at {self._at} {frame}")
         board.linger()
         self._reported.set()
 

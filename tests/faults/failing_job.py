@@ -64,7 +64,7 @@ def _patch(stage: str, step: int, fail: Any) -> None:
         "start": (Training, "build"),
         "loop": (Training, "step"),
         "save": (fastssl.checkpoint, "write_tensors"),
-        "evaluation": (fastssl.evaluate.monitor, "knn"),
+        "evaluation": (fastssl.evaluate.monitor, "features_of"),
         "teardown": (RunLog, "close"),
     }[stage]
     real, count = getattr(owner, name), 0
