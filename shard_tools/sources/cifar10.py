@@ -1,14 +1,13 @@
 """CIFAR-10: the python version's pickles (images stored as lossless PNG), or train/<class>/ and test/<class>/ folders.
 
-The pickles are read by an unpickler that builds dicts, lists, bytes, str, int and arrays of bytes, and nothing else: a
-pickle can otherwise run any code. (Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.)
+The pickles are read as plain data (plain_pickle.py): a pickle can otherwise run any code.
+(Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.)
 """
 
 from __future__ import annotations
 
 import io
 import os
-import pickle
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from shard_tools.manifest import ShardError
-from shard_tools.sources import Item, Source, imagefolder
+from shard_tools.sources import Item, Source, imagefolder, plain_pickle
 
 _FOLDER = "cifar-10-batches-py"
 _BATCHES = {"train": [f"data_batch_{i}" for i in range(1, 6)], "test": ["test_batch"]}
@@ -44,7 +43,10 @@ def splits(src: Path) -> list[str]:
 
 def _from_pickles(folder: Path, split: str) -> Source:
     meta = read_pickle(os.fspath(folder / "batches.meta"))
-    classes = tuple(str(name, "ascii") for name in _field(meta, b"label_names", list, folder / "batches.meta"))
+    facts = folder / "batches.meta"
+    classes = tuple(_text(name, facts) for name in _field(meta, b"label_names", list, facts))
+    if len(classes) != 10:
+        raise ShardError(f"{facts} names {len(classes)} classes, not 10; fetch the python version again")
     items = []
     for batch in _BATCHES[split]:
         _, labels, names = _batch(os.fspath(folder / batch))
@@ -68,7 +70,7 @@ def _batch(path: str) -> tuple[np.ndarray, list[int], list[str]]:
     document = read_pickle(path)
     pixels = _field(document, b"data", np.ndarray, path)
     labels = _field(document, b"labels", list, path)
-    names = [str(name, "ascii", "backslashreplace") for name in _field(document, b"filenames", list, path)]
+    names = [_text(name, path) for name in _field(document, b"filenames", list, path)]
     if pixels.ndim != 2 or pixels.shape[1] != 3072 or not len(pixels) == len(labels) == len(names):
         raise ShardError(f"{path} does not hold CIFAR-10's 32x32 images; fetch the python version again")
     if not all(isinstance(label, int) and 0 <= label < 10 for label in labels):
@@ -82,6 +84,12 @@ def _field(document: Any, key: bytes, kind: type, path: object) -> Any:
     return document[key]
 
 
+def _text(name: object, path: object) -> str:
+    if not isinstance(name, str | bytes):
+        raise ShardError(f"{path} has a name that is no text; fetch the python version of CIFAR-10 again")
+    return name if isinstance(name, str) else str(name, "ascii", "backslashreplace")
+
+
 def read_pickle(path: str) -> Any:
     """The content of a CIFAR pickle; raises ShardError for one that asks for more than plain data and byte arrays."""
     try:
@@ -89,61 +97,10 @@ def read_pickle(path: str) -> Any:
             content = file.read(_MAX_BATCH_BYTES + 1)
         if len(content) > _MAX_BATCH_BYTES:
             raise ShardError(f"{path} has more than {_MAX_BATCH_BYTES} bytes, so it is no CIFAR-10 batch; check SRC")
-        return _plain(_PlainUnpickler(io.BytesIO(content), encoding="bytes").load())
+        return plain_pickle.loads(content)
     except ShardError:
         raise
     except OSError as error:
         raise ShardError(f"{path} cannot be read ({error.strerror}); fetch the python version of CIFAR-10") from None
     except Exception as error:  # a damaged pickle raises whatever the broken opcode happens to hit
         raise ShardError(f"{path} is not a CIFAR-10 pickle ({error}); fetch the python version again") from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits the three names by which NumPy pickles an array, and puts harmless stand-ins in their place."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return _Array
-        if module == "numpy" and name in ("ndarray", "dtype"):
-            return _Dtype if name == "dtype" else name
-        if (module, name) == ("_codecs", "encode"):  # how Python 3 writes bytes in protocol 2
-            return _latin1
-        raise ShardError(f"it asks for {module}.{name}, which image data does not need")
-
-
-class _Dtype:
-    """Stands for numpy.dtype; remembers its code."""
-
-    def __init__(self, code: str | bytes, *_flags: object):
-        self.code = code if isinstance(code, str) else code.decode("ascii")
-
-    def __setstate__(self, state: object) -> None:
-        """Byte order and fields, which an array of bytes does not have."""
-
-
-class _Array:
-    """Stands for an array under construction; `value` is the finished one."""
-
-    value: np.ndarray
-
-    def __init__(self, *_empty: object):
-        pass
-
-    def __setstate__(self, state: tuple[int, tuple[int, ...], _Dtype, bool, bytes]) -> None:
-        _, shape, dtype, fortran, content = state
-        if dtype.code != "u1" or not isinstance(content, bytes):
-            raise ShardError("it holds an array of something else than bytes")
-        self.value = np.frombuffer(content, np.uint8).reshape(shape, order="F" if fortran else "C")
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise ShardError(f"it holds bytes in the encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def _plain(document: Any) -> Any:
-    """The top level of a batch with its stand-ins replaced by arrays."""
-    if not isinstance(document, dict):
-        return document
-    return {key: value.value if isinstance(value, _Array) else value for key, value in document.items()}
