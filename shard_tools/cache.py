@@ -179,7 +179,7 @@ def _partial(path: Path, wait: bool = True, stopping: threading.Event | None = N
     """
     partial, stopping = partial_path(path), stopping or threading.Event()
     while True:
-        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         try:
             if not _try_lock(descriptor, fcntl.LOCK_EX):
                 if not wait or stopping.wait(_PAUSE_S):

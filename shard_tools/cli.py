@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,17 +16,18 @@ from typing import Any, NoReturn
 from shard_tools import exit_codes, info
 from shard_tools.adopt import AdoptOptions, adopt
 from shard_tools.census import counted, table
+from shard_tools.documents import MAX_LIST_BYTES, read_limited
 from shard_tools.engines import Engine, local, on_cluster
 from shard_tools.extract import extract
 from shard_tools.galaxies import simulate
 from shard_tools.images import Resize
 from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.pack import Packed, PackOptions, pack
+from shard_tools.printing import sentence
 from shard_tools.remote import locate, shown
 from shard_tools.sources import Source, cifar10, demo, files, fits, hdf5, imagefolder, imagenet, voc07, webdataset
 from shard_tools.verify import check, check_info, manifests_below
 
-_MAX_LIST_BYTES = 256 * 2**20
 _KEY = re.compile(r"(\d{1,12})(?:-(\d{1,12}))?")  # a sample's number, or a range of them
 
 _SOURCES = {
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(message: object, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {sentence(str(message))}", file=sys.stderr)
     return code
 
 
@@ -91,8 +92,12 @@ def _pack(args: argparse.Namespace) -> int:
         _source(args, split) for split in splits
     ]  # all of them, so that a wrong one is said before the first is packed
     report = [line for source in opened for line in _report(pack(source, args.dst, options, _engine(args)))]
-    print("\n".join(report))
+    _print_lines(report)
     return 0
+
+
+def _print_lines(lines: Iterable[str]) -> None:
+    print("\n".join(map(sentence, lines)))
 
 
 def _engine(args: argparse.Namespace) -> AbstractContextManager[Engine]:
@@ -188,7 +193,7 @@ def _verify(args: argparse.Namespace) -> int:
         what = counted(len(found), "fault") if found else f"good ({how})"
         print(f"{_summary(manifest)}: {what}")
     for fault in faults:
-        print(fault, file=sys.stderr)
+        print(sentence(fault), file=sys.stderr)
     if faults:
         number = counted(len(faults), "fault")
         raise Damaged(f"{shown(str(args.dir))} has {number}; restore the files named above, or pack the split again")
@@ -208,7 +213,7 @@ def _info(args: argparse.Namespace) -> int:
         print(json.dumps({"splits": documents}, indent=1))
         return 0
     for document in documents:
-        print("\n".join(info.lines(document)))
+        _print_lines(info.lines(document))
         if args.stats:
             print("\n".join(info.pixel_lines(document["pixels"])))
     return 0
@@ -219,7 +224,7 @@ def _index(args: argparse.Namespace) -> int:
     classes = None if args.classes is None else _names(args.classes, "--classes")
     options = AdoptOptions(args.split, classes, args.on_bad, args.workers, args.overwrite)
     for manifest in adopt(args.dir, options):
-        print("\n".join(info.lines(info.describe(manifest))))
+        _print_lines(info.lines(info.describe(manifest)))
     return 0
 
 
@@ -227,7 +232,7 @@ def _extract(args: argparse.Namespace) -> int:
     manifest = Manifest.load(args.dir, args.split)
     rows = [row for key in args.keys for row in _rows(key, manifest.num_samples)]
     for path in extract(manifest, rows, args.out):
-        print(path)
+        print(sentence(str(path)))
     return 0
 
 
@@ -256,10 +261,12 @@ def _check_split(split: str) -> None:
 def _names(path: Path, option: str) -> tuple[str, ...]:
     """The lines of a list, empty ones left out."""
     try:
-        with path.open(encoding="utf-8", errors="surrogateescape") as file:
-            names = tuple(line for line in (line.strip() for line in file.read(_MAX_LIST_BYTES).splitlines()) if line)
+        text = read_limited(path, MAX_LIST_BYTES).decode("utf-8", "surrogateescape")
     except OSError as error:
         raise ShardError(f"{path} cannot be read ({error.strerror}); check {option}") from None
+    except ValueError as error:
+        raise ShardError(f"{error}; check {option}") from None
+    names = tuple(line for line in (line.strip() for line in text.splitlines()) if line)
     if not names:
         raise ShardError(f"{path} holds no names; check {option}")
     return names
@@ -269,7 +276,7 @@ class _Parser(argparse.ArgumentParser):
     """Errors are one sentence, like all others."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"error: {message}; see `{self.prog} --help`", file=sys.stderr)
+        print(f"error: {sentence(message)}; see `{self.prog} --help`", file=sys.stderr)
         sys.exit(exit_codes.BAD_INPUT)
 
 

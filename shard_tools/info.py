@@ -14,6 +14,7 @@ from PIL import Image
 from shard_tools import progress
 from shard_tools.census import counted, table
 from shard_tools.extract import read_image
+from shard_tools.headers import FORMATS
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.workers import in_order
 
@@ -111,8 +112,10 @@ def _count_values(manifest: Manifest, rows: Sequence[int]) -> tuple[np.ndarray, 
         payload = read_image(manifest, index, row)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's on odd metadata; `verify --full` judges files
-                counts += np.reshape(Image.open(io.BytesIO(payload)).convert("RGB").histogram(), (3, 256))
+                warnings.simplefilter("ignore")  # Pillow's on odd metadata; `verify --decode` judges files
+                counts += np.reshape(
+                    Image.open(io.BytesIO(payload), formats=FORMATS).convert("RGB").histogram(), (3, 256)
+                )
         except Exception as error:  # whatever a decoder raises on damaged bytes
             raise ShardError(
                 f"{manifest.member_name(row)} cannot be decoded ({error}); pack the data again with --on-bad quarantine"

@@ -51,7 +51,8 @@ def check_info(path: Path | str, manifests: Sequence[Manifest]) -> list[str]:
     file = path / index.INFO_NAME
     if not file.is_file():
         return [f"{file} is missing"]
-    same = file.read_bytes() == index.info_bytes(path, manifests)
+    expected = index.info_bytes(path, manifests)
+    same = file.stat().st_size == len(expected) and file.read_bytes() == expected
     return [] if same else [f"{file} does not list the splits as their manifests do"]
 
 

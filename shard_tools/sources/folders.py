@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -71,9 +73,13 @@ def from_class_folders(kind: str, split: str, root: Path, folders: Sequence[str]
 
 def read_file(root: str, item: Item) -> bytes:
     """The item's file; of one that is too large for a member, one byte more than the limit."""
-    with open(os.path.join(root, item.name), "rb", buffering=0) as file:
+    descriptor = os.open(os.path.join(root, item.name), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):  # a link may lead to a pipe, which waits, or to a device without an end
+            raise OSError(errno.EINVAL, "Not a regular file", item.name)
         # told the size, read() need not make room for the largest image that may be
-        if os.fstat(file.fileno()).st_size <= MAX_MEMBER_BYTES:
+        if status.st_size <= MAX_MEMBER_BYTES:
             return file.readall()
         return file.read(MAX_MEMBER_BYTES + 1)
 

@@ -12,12 +12,15 @@ import zlib
 from functools import partial
 from pathlib import Path
 
+from shard_tools.documents import read_limited
 from shard_tools.manifest import ShardError
 from shard_tools.sources import Item, Source
 from shard_tools.sources.folders import from_class_folders, list_images, read_file, subfolders
 from shard_tools.sources.imagefolder import split_folder
 
-_MAX_LABEL_FILE_BYTES = 64 * 2**20
+_MAX_LABEL_FILE_BYTES = 16 * 2**20  # LOC_val_solution.csv has 3 MB
+_MAX_KIT_BYTES = 4 * 2**20  # of meta.mat, and of what a part of it inflates to; the kit of 2012 has 40 kB
+_MAX_KIT_PARTS = 64
 _WNID = re.compile(r"n\d{8}")
 
 
@@ -112,14 +115,17 @@ def _kit_wnids(path: Path) -> list[str]:
 
     Only the text is searched, in the file or its compressed parts; the caller checks the result against the classes.
     """
-    data = path.read_bytes()[:_MAX_LABEL_FILE_BYTES]
-    starts = [match.start() for match in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", data)]
+    try:
+        data = read_limited(path, _MAX_KIT_BYTES)
+    except (OSError, ValueError) as error:
+        raise ShardError(f"{error}; put the development kit's own meta.mat there") from None
+    starts = [match.start() for match in re.finditer(rb"\x78[\x01\x5e\x9c\xda]", data)][:_MAX_KIT_PARTS]
     return max([_found_wnids(data), *(_found_wnids(_inflated(data[start:])) for start in starts)], key=len)
 
 
 def _inflated(data: bytes) -> bytes:
     try:
-        return zlib.decompressobj().decompress(data, _MAX_LABEL_FILE_BYTES)
+        return zlib.decompressobj().decompress(data, _MAX_KIT_BYTES)
     except zlib.error:
         return b""
 
@@ -132,9 +138,9 @@ def _found_wnids(data: bytes) -> list[str]:
 
 def _lines(path: Path) -> list[str]:
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            return [line.strip() for line in file.read(_MAX_LABEL_FILE_BYTES).splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_limited(path, _MAX_LABEL_FILE_BYTES).decode("utf-8-sig")
+        return [line.strip() for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
         raise ShardError(f"{path} cannot be read as text ({error}); check --val-labels") from None
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from shard_tools.documents import read_limited
 from shard_tools.manifest import ShardError
 from shard_tools.sources import Item, Source
 from shard_tools.sources.folders import read_file
@@ -27,8 +28,8 @@ CLASSES = (
 )  # fmt: skip
 SPLITS = ("train", "val", "trainval", "test")
 
-_MAX_XML_BYTES = 2**20  # VOC's own are below 20 kB
-_MAX_LIST_BYTES = 2**24
+_MAX_XML_BYTES = 2**17  # VOC's own are below 20 kB
+_MAX_LIST_BYTES = 2**20  # the longest of 2012 has 200 kB
 _MAX_SIDE = 10**6
 
 
@@ -59,12 +60,11 @@ def annotation_names(src: Path, split: str) -> list[str]:
     """The names that one of SRC's lists holds, without extension. Raises ShardError for a list that is none."""
     path = _list_path(src, split)
     try:
-        with path.open(encoding="ascii") as file:
-            names = file.read(_MAX_LIST_BYTES).split()
+        names = read_limited(path, _MAX_LIST_BYTES).decode("ascii").split()
     except FileNotFoundError:
         found = f"only {', '.join(splits(src))}" if splits(src) else "and no other list; SRC is .../VOCdevkit/VOC2007"
         raise ShardError(f"{src} has no ImageSets/Main/{split}.txt, {found}; choose a split with --split") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise ShardError(f"{path} cannot be read as a list of names ({error}); restore it") from None
     if wrong := [name for name in names if not re.fullmatch(r"\w{1,64}", name, re.ASCII)]:
         raise ShardError(f"{path} lists {wrong[0][:40]!r}, which is no name of an image; restore it")
@@ -87,7 +87,7 @@ def labels_of(annotation: dict[str, Any]) -> tuple[int, ...]:
 def read_annotation(path: Path) -> dict[str, Any]:
     """{"size": [width, height], "objects": [{class, box, difficult, truncated}, ...]} of one XML file.
 
-    Raises ShardError for a file that is missing, larger than 1 MiB, no XML, has a document type (and so might have
+    Raises ShardError for a file that is missing, larger than 128 KiB, no XML, has a document type (and so might have
     entities), an unknown class, or a box that is none.
     """
     try:
