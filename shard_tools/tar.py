@@ -127,13 +127,13 @@ class _Bounded(tarfile.TarInfo):
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _RECORDS:
             if not 0 <= self.size <= _MAX_RECORD_BYTES:
-                raise tarfile.SubsequentHeaderError(f"a header with {self.size} bytes of names")
+                raise tarfile.ReadError(f"a header with {self.size} bytes of names")
             assert archive.fileobj is not None
             start = archive.fileobj.tell()
             content = archive.fileobj.read(self.size)
             archive.fileobj.seek(start)
             if self.type not in _LONG_NAMES and (_LONG_NUMBER.search(content) or b"GNU.sparse" in content):
-                raise tarfile.SubsequentHeaderError("a header with an impossible number, or of a sparse file")
+                raise tarfile.ReadError("a header with an impossible number, or of a sparse file")
         return super()._proc_member(archive)  # type: ignore[misc]
 
 
