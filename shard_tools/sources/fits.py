@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import re
 import warnings
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,10 @@ from shard_tools.sources import Item, Source
 from shard_tools.sources.folders import list_images, read_file
 
 SUFFIXES = frozenset(end + packed for end in (".fits", ".fit", ".fts", ".fits.fz") for packed in ("", ".gz"))
+_MAX_UNITS = 64  # HDUs that are looked at: an empty one costs its maker 2,880 bytes, and astropy a millisecond
+_MAX_HEADER_BYTES = 36 * 2880  # before the first END; 1,296 cards
+_TOO_MANY = re.compile(rb"(?:NAXIS   |ZNAXIS  |TFIELDS )= *[0-9]{4}")  # astropy counts up to what is claimed
+_END = b"END".ljust(80)
 _GZIP = b"\x1f\x8b"
 
 
@@ -39,6 +44,10 @@ def _read(root: str, item: Item) -> bytes:
                     data = packed.read(MAX_MEMBER_BYTES + 1)
             if len(data) > MAX_MEMBER_BYTES:
                 raise BadImage(f"the file is larger than {MAX_MEMBER_BYTES} bytes")
+            if _TOO_MANY.search(data):
+                raise BadImage("as FITS, it claims more than 999 axes or columns")
+            if data.find(_END, 0, _MAX_HEADER_BYTES) < 0:
+                raise BadImage("as FITS, its first header has no end")
             with _astropy().open(io.BytesIO(data), memmap=False) as units:
                 return _first_image(units)
         except (BadImage, ShardError):
@@ -48,7 +57,9 @@ def _read(root: str, item: Item) -> bytes:
 
 
 def _first_image(units: Any) -> bytes:
-    for unit in units:
+    for number, unit in enumerate(units):
+        if number == _MAX_UNITS:
+            break
         shape = unit.shape if unit.is_image else ()
         if not shape:
             continue
@@ -57,7 +68,7 @@ def _first_image(units: Any) -> bytes:
             return stamps.encode(unit.data)
         except ValueError as error:
             raise BadImage(f"as a stamp, {error}") from None
-    raise BadImage("none of its HDUs holds an image")
+    raise BadImage(f"none of its first {_MAX_UNITS} HDUs holds an image")
 
 
 def _astropy() -> Any:
