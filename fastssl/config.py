@@ -1,6 +1,7 @@
 """From command line to dataclasses: Hydra composes the YAML files, `convert` checks every key, type and value once.
 
-The only file that knows Hydra and OmegaConf. Nothing here imports a class named in a file, and nothing evaluates text.
+The only file that knows Hydra and OmegaConf. Nothing here imports a class named in a file, and nothing evaluates text:
+of what Hydra and YAML can do, composable.py lets through only what a table of values needs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastssl import tuned
+from fastssl import composable, tuned
 from fastssl.settings import Config
 from shard_tools.remote import shown
 
@@ -44,15 +45,19 @@ def compose(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
-    for override in overrides:
-        _refuse_unsafe(override)
     try:
+        composable.check_overrides(overrides, config_dir())
+        composable.check_files(config_dir())
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
             tree = hydra_compose(name, overrides=list(overrides))
+            composable.check_tree(OmegaConf.to_container(tree, resolve=False))
             return OmegaConf.to_container(tree, resolve=True, throw_on_missing=False)  # type: ignore[return-value]
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError, RecursionError) as error:
         raise ConfigError(_explain(name, overrides, error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def convert(cls: type[T], values: Mapping[str, Any], path: str = "") -> T:
@@ -148,13 +153,6 @@ def _scalar(hint: Any, value: Any, path: str) -> Any:
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     raise ConfigError(f"{path} is {value!r}, but must be {names.get(hint, hint)}")
-
-
-def _refuse_unsafe(override: str) -> None:
-    if "_target_" in override or "${" in override.replace("$\\{", ""):
-        raise ConfigError(
-            f"override {override!r} uses _target_ or ${{...}}, which fastssl does not accept; write the plain value"
-        )
 
 
 def _explain(name: str, overrides: Sequence[str], error: Exception) -> str:
