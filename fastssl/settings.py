@@ -11,6 +11,9 @@ from pipelines.views import ViewSpec
 from shard_tools.manifest import Manifest
 from shard_tools.remote import Access
 
+MAX_CHANNELS = 2**16  # of images; stamps have MAX_BANDS at most
+MAX_WIDTH = 64  # the widest that was published is 16 (Big Transfer); beyond, a setting in a file is a claim on memory
+
 
 @dataclass(frozen=True)
 class ConvConfig:
@@ -43,7 +46,8 @@ class EncoderConfig:
     conv: ConvConfig | None = None
 
     def __post_init__(self) -> None:
-        require(self.channels >= 1, "encoder.channels", self.channels, "1 or more")
+        require(1 <= self.channels <= MAX_CHANNELS, "encoder.channels", self.channels, f"1 to {MAX_CHANNELS}")
+        require(0 < self.width <= MAX_WIDTH, "encoder.width", self.width, f"above 0, {MAX_WIDTH} at most")
 
 
 @dataclass(frozen=True)

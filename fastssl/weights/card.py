@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,10 @@ from typing import Any
 from fastssl import __version__
 from fastssl.weights.read import described
 from fastssl.weights.source import Source
+from shard_tools.documents import read_json
+from shard_tools.printing import sentence
+
+MAX_RESULT_BYTES = 2**26  # a result names every class, and one of VOC every image
 
 
 def model_card(source: Source) -> str:
@@ -76,11 +79,22 @@ def _results(source: Source) -> list[str]:
     metrics: dict[str, object] = {}
     protocols = []
     for path in sorted((source.folder.parent.parent / "evaluation").glob("*.json")):
-        result = json.loads(path.read_text())
-        if isinstance(result, dict) and result.get("step") == source.step:
-            metrics |= {key: f"{value:.4g}" for key, value in result["metrics"].items() if key.count("/") == 1}
-            protocols.append(f"- {path.stem}: {result['protocol']}")
+        found, protocol = _result(path, source.step)
+        metrics |= found
+        protocols += protocol
     return ["## Results", _table(metrics), "\n".join(protocols)] if metrics else []
+
+
+def _result(path: Path, step: int | None) -> tuple[dict[str, object], list[str]]:
+    """Metrics and protocol of an evaluation at `step`; nothing of another step's. Raises ValueError for what is none."""
+    try:
+        result = read_json(path, MAX_RESULT_BYTES)
+        if not isinstance(result, dict) or result.get("step") != step:
+            return {}, []
+        metrics = {key: f"{float(value):.4g}" for key, value in result["metrics"].items() if key.count("/") == 1}
+        return dict(metrics), [f"- {path.stem}: {sentence(str(result['protocol']))}"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no result of fastssl-evaluate ({error}); remove it") from None
 
 
 def _table(rows: Mapping[str, object]) -> str:

@@ -8,7 +8,9 @@
     torchvision, timm                       plain names
 
 A prefix is stripped from the front of a key, never out of its middle. Every tensor of the backbone must be in the file,
-in its shape: a backbone with a random layer still evaluates, only badly. Nothing here unpickles objects.
+in its shape: a backbone with a random layer still evaluates, only badly. Nothing here unpickles objects, and nothing is
+made larger than the file: no member of a zip may be compressed, no tensor repeat its numbers, and an encoder is built
+only when the file's tensors have its shapes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import dataclasses
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +39,7 @@ WRAPPERS = (
 )  # fmt: skip
 # What a ResNet's children with parameters are called, in their order; nn.Sequential gives them numbers instead.
 CHILDREN = ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4", "fc")
+MAX_NESTS, MAX_WRAPPERS = 8, 16  # VISSL's files have 4 nests; the deepest of known wrappers are 3
 COUNTER = "num_batches_tracked"  # of no use to a momentum of batch norm that is set; old files do not have it
 
 
@@ -65,11 +69,11 @@ def load_backbone(path: Path, encoder: EncoderConfig | None = None) -> tuple[nn.
     encoder     None: as the file's shapes tell, which they do for ResNets
     Raises WeightsError if there is none, or if it is not that encoder.
     """
-    weights = read(path, _names_of(encoder) if encoder else ())
+    weights = read(path, _shapes_of(encoder, path) if encoder else ())
     encoder = _agreed(path, encoder, weights.encoder)
+    _check(path, weights, _shapes_of(encoder, path), encoder)
     backbone = build_encoder(**dataclasses.asdict(encoder))
     own = backbone.state_dict()
-    _check(path, weights, own, encoder)
     backbone.load_state_dict({**own, **weights.tensors})  # `own` for counters that the file may lack
     return backbone.eval(), encoder, weights
 
@@ -81,7 +85,7 @@ def read(path: Path, expected: Collection[str] = ()) -> Weights:
     Raises WeightsError if the file cannot be read, or holds no tensors.
     """
     content, note = _content(path)
-    expected = _names_of(note) if note else expected
+    expected = _shapes_of(note, path) if note else expected
     nests, tensors = _descend(path, content)
     names = {key: key for key in tensors}  # the name that is left after stripping -> the key of the file
     wrappers: list[str] = []
@@ -94,12 +98,13 @@ def read(path: Path, expected: Collection[str] = ()) -> Weights:
         if wrapper is None:
             break
         wrappers.append(wrapper)
+        if len(wrappers) > MAX_WRAPPERS:
+            raise WeightsError(f"{path} has names in more than {MAX_WRAPPERS} wrappers; save the model's state_dict")
         names = {name.removeprefix(wrapper): key for name, key in names.items() if name.startswith(wrapper)}
     encoder = note or _encoder(names, tensors)
-    own = _own_names(names, expected or (_names_of(encoder) if encoder else ()))
-    kept = {own_name: tensors[key] for own_name, key in own.items()}
+    own = _own_names(names, expected or (_shapes_of(encoder, path) if encoder else ()))
     return Weights(
-        tensors={name: t.float().contiguous() if t.is_floating_point() else t for name, t in kept.items()},
+        tensors={own_name: _float32(tensors[key]) for own_name, key in own.items()},
         layout="fastssl" if note else _layout(tensors, nests, wrappers),
         left_out=tuple(sorted(set(tensors) - set(own.values()))),
         encoder=encoder,
@@ -115,11 +120,12 @@ def _content(path: Path) -> tuple[Mapping[str, Any], EncoderConfig | None]:
         return _safetensors(path)
     if path.suffix == ".pkl":
         raise WeightsError(f"{path} is a pickle, which can run code when read; give the file that it was made from")
+    _refuse_swelling_zip(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refused(path, str(error))) from error
-    except (RuntimeError, EOFError) as error:
+    except Exception as error:  # whatever a damaged or forged pickle makes torch's reader hit
         raise WeightsError(f"{path} is damaged or not a file of torch.save; fetch it again") from error
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path} holds a {type(content).__name__} instead of tensors by name; save a state_dict")
@@ -133,9 +139,33 @@ def _safetensors(path: Path) -> tuple[Mapping[str, Any], EncoderConfig | None]:
         with safe_open(path, "pt") as file:
             note = (file.metadata() or {}).get("fastssl_encoder")
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, it is no mapping
-    except SafetensorError as error:
+    except (SafetensorError, OSError, OverflowError, MemoryError) as error:
         raise WeightsError(f"{path} is damaged or not a safetensors file; fetch it again") from error
-    return tensors, convert(EncoderConfig, json.loads(note), "encoder") if note else None
+    return tensors, _noted(path, note) if note else None
+
+
+def _noted(path: Path, note: str) -> EncoderConfig:
+    try:
+        document = json.loads(note)
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise WeightsError(f"the note on the encoder in {path} is damaged; fetch it again")
+    return convert(EncoderConfig, document, "encoder")
+
+
+def _refuse_swelling_zip(path: Path) -> None:
+    """torch.save never compresses, so what its zip unpacks to is no more than the file; its reader would unpack all."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
+        raise WeightsError(f"{path} is damaged or not a file of torch.save; fetch it again") from error
+    unpacked = sum(member.file_size for member in members)
+    if unpacked > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise WeightsError(f"{path} unpacks to {unpacked} bytes, as no file of torch.save does; fetch it again")
 
 
 def _refused(path: Path, error: str) -> str:
@@ -156,13 +186,31 @@ def _descend(path: Path, content: Mapping[str, Any]) -> tuple[list[str], dict[st
     while nest := next((key for key in NESTS if isinstance(node.get(key), Mapping)), None):
         node = node[nest]
         nests.append(nest)
-    tensors = {key: value for key, value in node.items() if isinstance(value, Tensor)}
+        if len(nests) > MAX_NESTS:  # a pickle may hold itself
+            raise WeightsError(
+                f"{path} holds its tensors more than {MAX_NESTS} levels deep; save the model's state_dict"
+            )
+    tensors = {key: value for key, value in node.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        if value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise WeightsError(f"{path}: {key[:80]!r} is no plain tensor of real numbers; save the model's state_dict")
     if not tensors:
-        found = ", ".join(map(repr, list(content)[:8])) or "nothing"
+        found = ", ".join(repr(key)[:80] for key in list(content)[:8]) or "nothing"
         raise WeightsError(
             f"{path} holds no tensors where they are looked for; at its top are {found}; save the model's state_dict"
         )
     return nests, tensors
+
+
+def _float32(tensor: Tensor) -> Tensor:
+    """Halves and doubles as float32; what repeats its numbers, which `_check` refuses, as it is: it may claim 10^12."""
+    if not tensor.is_floating_point() or _num_bytes(tensor) > tensor.untyped_storage().nbytes():
+        return tensor
+    return tensor.float().contiguous()
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def _plain(names: Collection[str], expected: Collection[str]) -> bool:
@@ -213,9 +261,15 @@ def _blocks(names: Collection[str], stage: int) -> Iterator[str]:
     return (name.split(".")[1] for name in names if name.startswith(f"layer{stage}."))
 
 
-def _names_of(encoder: EncoderConfig) -> Collection[str]:
-    with torch.device("meta"):
-        return build_encoder(**dataclasses.asdict(encoder)).state_dict().keys()
+def _shapes_of(encoder: EncoderConfig, path: Path) -> Mapping[str, Tensor]:
+    """The backbone's tensors without their numbers. Raises WeightsError for an encoder of impossible sizes."""
+    try:
+        with torch.device("meta"):
+            return build_encoder(**dataclasses.asdict(encoder)).state_dict()
+    except (RuntimeError, TypeError, OverflowError) as error:
+        raise WeightsError(
+            f"the encoder of {path} has impossible sizes, {described(encoder)}; fetch it again"
+        ) from error
 
 
 def _layout(keys: Collection[str], nests: list[str], wrappers: list[str]) -> str:
@@ -278,10 +332,13 @@ def _check(path: Path, weights: Weights, own: Mapping[str, Tensor], encoder: Enc
         if value.shape != own[key].shape:
             theirs, ours = ("x".join(map(str, shape)) or "a scalar" for shape in (value.shape, own[key].shape))
             raise WeightsError(f"{where}: {key} is {theirs} in the file and {ours} in the encoder; {remedy}")
+    for key, value in weights.tensors.items():
+        if _num_bytes(value) > value.untyped_storage().nbytes():
+            raise WeightsError(f"{path}: {key} repeats its numbers, to claim more than the file holds; fetch it again")
 
 
 def _some(keys: Collection[str], most: int = 4) -> str:
-    shown = ", ".join(list(keys)[:most])
+    shown = ", ".join(key if len(key) <= 80 else key[:77] + "..." for key in list(keys)[:most])
     return shown + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
@@ -292,4 +349,5 @@ def left_out(weights: Weights) -> str:
         parts = key.removeprefix("module.").split(".")
         head = parts[0] if parts[0] not in ("encoder_q", "backbone", "net") else ".".join(parts[:2])
         counts[head] = counts.get(head, 0) + 1
-    return ", ".join(f"{head} ({count})" for head, count in sorted(counts.items())) or "nothing"
+    shown = [f"{head[:40]} ({count})" for head, count in sorted(counts.items())]
+    return ", ".join([*shown[:20], *([f"{len(shown) - 20} more"] if len(shown) > 20 else [])]) or "nothing"
