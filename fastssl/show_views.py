@@ -20,9 +20,11 @@ from fastssl import config
 from fastssl.settings import require
 from fastssl.stamp_pictures import colours, light, picture, scale_of, to_image
 from pipelines import backends, strong
+from pipelines.bad_samples import header_fault
 from pipelines.draw import ViewDraws, draw_view
 from pipelines.reader import Reader, whole
 from pipelines.views import ViewSpec, flatten
+from shard_tools.headers import FORMATS
 from shard_tools.manifest import Manifest
 from shard_tools.stamps import decode
 
@@ -110,6 +112,9 @@ def render(
     draws = [draw_view(spec, view, seed, epoch, rows, index["width"], index["height"]) for view, spec in numbered]
     files = _read(manifest, rows)
     bands = manifest.bands
+    for i, file, size in zip(ids, files, index[["width", "height"]].tolist()):
+        if not bands and (what := header_fault(file, size)):
+            raise ValueError(f"{manifest.member_name(i)} cannot be decoded ({what}); choose other views.ids")
     renderer = backends.make(backend, specs, len(ids), device="cpu", threads=1, output="uint8", depth=1, bands=bands)
     try:
         renderer.submit(backends.Job(files, draws, [manifest.member_name(i) for i in ids]))
@@ -119,7 +124,7 @@ def render(
     shown = [spec for _, spec in numbered]
     if bands:
         return _rendered_stamps([decode(file) for file in files], tensors, draws, shown)
-    originals = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+    originals = [Image.open(io.BytesIO(file), formats=FORMATS).convert("RGB") for file in files]
     views = [[_to_image(view) for view in tensor] for tensor in tensors]
     return Rendered(originals, views, draws, shown)
 

@@ -11,14 +11,19 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from fastssl.settings import Config
+from fastssl.settings import Config, require
+from shard_tools.documents import read_json
+from shard_tools.printing import sentence
 
 FORMAT = "fastssl-tuned"
+MAX_FILE_BYTES = 2**14  # ours have 500
+MAX_THREADS, MAX_PREFETCH = 1024, 64  # beyond, a file is no measurement
 
 
 @dataclass(frozen=True)
@@ -33,12 +38,16 @@ class Tuned:
     method: str
     machine: dict[str, Any]
     views: str
-    backend: str
+    backend: Literal["dali", "native", "exact", "stamps"]
     threads: int
     prefetch: int
     objective: str
     images_per_s: float
     date: str
+
+    def __post_init__(self) -> None:
+        require(1 <= self.threads <= MAX_THREADS, "threads", self.threads, f"1 to {MAX_THREADS}")
+        require(1 <= self.prefetch <= MAX_PREFETCH, "prefetch", self.prefetch, f"1 to {MAX_PREFETCH}")
 
 
 def folder() -> Path:
@@ -68,7 +77,9 @@ def fill(cfg: Config) -> Config:
     """
     loader = cfg.loader
     is_open = {"backend": loader.backend == "auto", "threads": loader.threads == 0, "prefetch": loader.prefetch == 0}
-    files = sorted(folder().glob(f"{cfg.method['name']}-*.json")) if any(is_open.values()) else []
+    name = str(cfg.method.get("name"))
+    wanted = any(is_open.values()) and re.fullmatch(r"\w+", name)
+    files = sorted(folder().glob(f"{name}-*.json")) if wanted else []
     if not files:
         return cfg
     views = views_digest(cfg)
@@ -107,15 +118,17 @@ def _digest(what: Any) -> str:
 
 
 def _load(path: Path) -> Tuned | None:
+    from fastssl.config import convert
+
     try:
-        document = json.loads(path.read_text())
-        if document.pop("format") != FORMAT:
+        document = read_json(path, MAX_FILE_BYTES)
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             return None
-        return Tuned(**document)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return convert(Tuned, document)
+    except (OSError, ValueError):
         return None  # a file of another version, or not ours: as good as none
 
 
-def _say(sentence: str) -> None:
+def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(f"loader: {sentence}", file=sys.stderr)
+        print(f"loader: {sentence(text)}", file=sys.stderr)

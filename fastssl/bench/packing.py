@@ -22,6 +22,7 @@ from fastssl.bench.rates import cpu_s
 from fastssl.bench.record import Figure
 from pipelines.loader import available_cores
 from pipelines.reader import Reader, whole
+from shard_tools.headers import FORMATS
 from shard_tools.manifest import Manifest
 
 _UNITS = {"images_per_s": "images/s", "mb_per_s": "MB/s", "cpu_ms_per_image": "ms/image"}
@@ -100,7 +101,7 @@ def _pack(command: Sequence[str], dst: str, workers: int) -> None:
 
 def _decode(files: Sequence[bytes], threads: int) -> None:
     def decode_one(file: bytes) -> None:
-        Image.open(io.BytesIO(file)).load()
+        Image.open(io.BytesIO(file), formats=FORMATS).load()
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(decode_one, files):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,8 +21,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from shard_tools.documents import read_json
+
 FORMAT = "fastssl-bench"
 FORMAT_VERSION = 1
+MAX_FILE_BYTES = 2**20  # the largest in bench/results has 46 kB
+MAX_ROUNDS = 1000
 PACKAGES = (
     "fastssl-train", "torch", "torchvision", "numpy", "pillow", "nvidia-dali-cuda130", "nvidia-dali-cuda120"
 )  # fmt: skip
@@ -78,7 +83,7 @@ class Record:
     def load(cls, path: Path) -> Record:
         """Raises ValueError where `path` is no record of this version."""
         try:
-            document = json.loads(path.read_text())
+            document = read_json(path, MAX_FILE_BYTES)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} cannot be read as a result of fastssl-bench ({error})") from None
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
@@ -86,10 +91,29 @@ class Record:
         if (version := document.pop("version", None)) != FORMAT_VERSION:
             raise ValueError(f"{path} is a result of version {version!r}, this reads {FORMAT_VERSION}; measure again")
         try:
-            figures = {name: Figure(f["unit"], tuple(f["rounds"])) for name, f in document.pop("figures").items()}
+            figures = {name: _figure(f) for name, f in document.pop("figures").items()}
+            for key, kind in _KINDS.items():
+                if key in document and not isinstance(document[key], kind):
+                    raise TypeError(f"its {key} is of another kind")
             return cls(figures=figures, **document)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is no whole result of fastssl-bench ({error}); measure again") from None
+
+
+_KINDS = {
+    "what": str, "command": str, "settings": dict, "versions": dict, "machine": dict, "commit": str, "date": str,
+    "note": str,
+}  # fmt: skip
+
+
+def _figure(document: Any) -> Figure:
+    """Raises TypeError or KeyError for what is none."""
+    unit, rounds = document["unit"], document["rounds"]
+    if not isinstance(unit, str) or not isinstance(rounds, list) or not 1 <= len(rounds) <= MAX_ROUNDS:
+        raise TypeError(f"a figure is no unit with 1 to {MAX_ROUNDS} rounds")
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in rounds):
+        raise TypeError("a round is no number")
+    return Figure(unit, tuple(rounds))
 
 
 def machine() -> dict[str, Any]:

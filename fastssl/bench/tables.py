@@ -7,11 +7,13 @@ from typing import Literal
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastssl.bench.compare import FASTER, SLOWER, Comparison
 from fastssl.bench.record import Figure, Record
 from fastssl.bench.stages import Stage, stages
+from shard_tools.printing import sentence
 
 _STYLE = {FASTER: "green", SLOWER: "bold red"}
 _MAX_DIFFERENCES = 8  # lines above a comparison
@@ -32,16 +34,18 @@ def show_comparison(
     comparisons: Sequence[Comparison], differing: Sequence[str], against: str, console: Console
 ) -> None:
     """Medians, ratio, spread and verdict, below what else differs between the two."""
-    console.print(f"\nagainst {against}", highlight=False)
+    console.print(f"\nagainst {sentence(against)}", highlight=False, markup=False)
     for line in differing[:_MAX_DIFFERENCES]:
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {sentence(line)}", highlight=False, markup=False)
     if len(differing) > _MAX_DIFFERENCES:
         console.print(f"  and {len(differing) - _MAX_DIFFERENCES} more settings", highlight=False)
     table = _table("", "old", "new", "ratio", "spread", "verdict")
     for one in comparisons:
         old, new = (_number(figure.median, figure.unit) for figure in (one.old, one.new))
         style = _STYLE.get(one.verdict, "")
-        table.add_row(one.name, old, new, f"{one.ratio:.2f}", f"±{one.spread:.0%}", one.verdict, style=style)
+        table.add_row(
+            escape(sentence(one.name)), old, new, f"{one.ratio:.2f}", f"±{one.spread:.0%}", one.verdict, style=style
+        )
     console.print(table)
 
 

@@ -18,7 +18,13 @@ from torchvision.transforms import functional as pictures
 
 from fastssl import dist
 from fastssl.detection.settings import DetectionData
+from shard_tools.documents import read_json
+from shard_tools.headers import FORMATS
+from shard_tools.manifest import MAX_PIXELS
 from shard_tools.sources.voc07 import CLASSES, annotation_names, read_annotation
+
+MAX_COCO_BYTES = 2**30  # instances_train2017.json has 449 MB
+MAX_SIDE = 10**6  # px of an annotated image, as for VOC
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
@@ -87,7 +93,7 @@ def _read_voc(root: Path, part: str) -> Pictures:
 def _read_coco(root: Path, part: str) -> Pictures:
     path = root / "annotations" / f"instances_{part}.json"
     try:
-        document = json.loads(path.read_bytes())
+        document = read_json(path, MAX_COCO_BYTES)
         categories = {c["id"]: str(c["name"]) for c in sorted(document["categories"], key=lambda c: c["id"])}
         numbers = {identity: number for number, identity in enumerate(categories, start=1)}
         found: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in document["images"]}
@@ -96,7 +102,7 @@ def _read_coco(root: Path, part: str) -> Pictures:
         items = [_coco_picture(root / part, image, found[image["id"]], numbers) for image in document["images"]]
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror}); data.root must hold annotations/") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no COCO file of instances ({error!r}); restore it") from None
     return Pictures(tuple(categories.values()), tuple(items))
 
@@ -105,19 +111,29 @@ def _coco_picture(
     folder: Path, image: dict[str, Any], annotations: list[dict[str, Any]], numbers: dict[int, int]
 ) -> Picture:
     name = Path(image["file_name"])
-    if name.is_absolute() or ".." in name.parts:
-        raise ValueError(f"{image['file_name']!r} leaves the folder")
+    if name.is_absolute() or ".." in name.parts or not name.parts or "\0" in str(name):
+        raise ValueError(f"{image['file_name'][:80]!r} leaves the folder, or names none")
+    size = int(image["width"]), int(image["height"])
+    if not all(1 <= side <= MAX_SIDE for side in size):
+        raise ValueError(f"{str(name)[:80]!r} is said to have {size[0]} x {size[1]} px")
     kept = [a for a in annotations if a["bbox"][2] > 0 and a["bbox"][3] > 0]  # COCO has some boxes of no area
     return Picture(
         folder / name,
         int(image["id"]),
-        tuple((float(x), float(y), float(x + w), float(y + h)) for x, y, w, h in (a["bbox"] for a in kept)),
+        tuple((_finite(x), _finite(y), _finite(x + w), _finite(y + h)) for x, y, w, h in (a["bbox"] for a in kept)),
         tuple(numbers[a["category_id"]] for a in kept),
         tuple(bool(a.get("iscrowd", 0)) for a in kept),
         tuple(a.get("segmentation") for a in kept),
-        (int(image["width"]), int(image["height"])),
-        tuple(float(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in kept),
+        size,
+        tuple(_finite(a.get("area", a["bbox"][2] * a["bbox"][3])) for a in kept),
     )
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not abs(number) <= MAX_SIDE**2:  # nor is NaN
+        raise ValueError(f"{value!r} is no number of a box")
+    return number
 
 
 class TrainingPictures(torch.utils.data.Dataset[Sample]):
@@ -148,9 +164,11 @@ class TrainingPictures(torch.utils.data.Dataset[Sample]):
 def load_image(picture: Picture) -> Tensor:
     """(3, H, W) in [0, 1]. Raises ValueError if it cannot be decoded."""
     try:
-        with Image.open(picture.path) as image:
+        with Image.open(picture.path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width} x {image.height} px")
             return pictures.to_tensor(image.convert("RGB"))
-    except OSError as error:
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, DecompressionBombError, ...
         raise ValueError(f"{picture.path} cannot be decoded ({error}); restore it") from None
 
 
@@ -186,9 +204,54 @@ def _masks(segmentations: list[Any], height: int, width: int) -> Tensor:
     api = coco_masks()
     masks = []
     for segmentation in segmentations:
+        _check_mask(segmentation, height, width)
         codes = api.frPyObjects(segmentation, height, width)
         masks.append(api.decode(api.merge(codes) if isinstance(codes, list) else codes))
     return torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
+
+
+def _check_mask(segmentation: Any, height: int, width: int) -> None:
+    """Raises ValueError for what is neither polygons nor run lengths of an image of this size.
+
+    The library that draws them is C++, and believes what it is given.
+    """
+    if isinstance(segmentation, list):
+        good = bool(segmentation) and all(map(_is_polygon, segmentation))
+    else:
+        good = isinstance(segmentation, dict) and segmentation.get("size") == [height, width]
+        good = good and _is_run_lengths(segmentation.get("counts"), height * width)
+    if not good:
+        raise ValueError(
+            f"a segmentation is neither polygons nor run lengths of {height} x {width} px ({str(segmentation)[:80]});"
+            " restore the annotations, or set model.mask=false"
+        )
+
+
+def _is_polygon(points: Any) -> bool:
+    if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
+        return False
+    return all(isinstance(value, int | float) and abs(value) <= MAX_SIDE for value in points)
+
+
+def _is_run_lengths(counts: Any, num_pixels: int) -> bool:
+    """A list of runs that add up, or COCO's text of them: 5 bits a character, and from the third run on differences."""
+    if isinstance(counts, str):
+        runs: list[int] = []
+        value = shift = 0
+        for char in counts:
+            code = ord(char) - 48
+            if not 0 <= code < 64 or shift > 30:
+                return False
+            value |= (code & 31) << shift
+            shift += 5
+            if not code & 32:
+                value -= 1 << shift if code & 16 else 0
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        counts = [] if shift else runs
+    if not isinstance(counts, list) or not all(type(run) is int and run >= 0 for run in counts):
+        return False
+    return sum(counts) == num_pixels
 
 
 def coco_masks() -> Any:

@@ -36,6 +36,7 @@ from fastssl.settings import LoaderConfig, require
 from pipelines.loader import Batch, read_once
 from pipelines.order import order, rows_for_step
 from pipelines.views import ViewSpec
+from shard_tools.documents import MAX_LIST_BYTES, read_limited
 from shard_tools.extract import original_name
 from shard_tools.manifest import Manifest
 
@@ -289,8 +290,9 @@ def _choose(task: Task, settings: FinetuneSettings) -> tuple[Rows, str]:
 
 def _names(path: Path) -> list[str]:
     try:
-        names = [line for line in (line.strip() for line in path.read_text(encoding="utf-8").splitlines()) if line]
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_limited(path, MAX_LIST_BYTES).decode("utf-8")
+        names = [line for line in (line.strip() for line in text.splitlines()) if line]
+    except (OSError, ValueError) as error:
         raise ValueError(f"evaluator.subset_file {path} cannot be read ({error}); give a text file of names") from None
     require(bool(names), "evaluator.subset_file", str(path), "a list of file names, one a line")
     return names

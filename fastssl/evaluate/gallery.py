@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastssl.stamp_pictures import picture, scale_of
 from shard_tools.extract import read_image
+from shard_tools.headers import FORMATS
 from shard_tools.manifest import Manifest
 from shard_tools.stamps import decode
 
@@ -82,7 +83,7 @@ def _opened(payload: bytes, is_stamp: bool) -> Image.Image:
     if is_stamp:
         pixels = decode(payload)
         return picture(pixels, scale_of(pixels))
-    return Image.open(io.BytesIO(payload)).convert("RGB")
+    return Image.open(io.BytesIO(payload), formats=FORMATS).convert("RGB")
 
 
 def _fitted(image: Image.Image, side_px: int) -> Image.Image:

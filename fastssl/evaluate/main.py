@@ -7,6 +7,7 @@ import sys
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from fastssl import __version__, config, dist
@@ -16,6 +17,7 @@ from fastssl.evaluate.settings import EvaluateConfig, load
 from fastssl.evaluate.subject import Subject, load_subject
 from fastssl.evaluate.task import Report, Task, percent
 from pipelines.loader import available_cores
+from shard_tools.printing import sentence
 
 MANY_CLASSES = 10  # more than fit a glance: the terminal then shows the best and the worst
 
@@ -79,9 +81,9 @@ def run(cfg: EvaluateConfig) -> dict[str, float]:
 
 
 def _print(report: Report, name: str, subject: Subject) -> None:
-    table = Table(*report.columns, title=f"{name}: {subject.label}")
+    table = Table(*report.columns, title=escape(sentence(f"{name}: {subject.label}")))
     for row in report.rows:
-        table.add_row(*row)
+        table.add_row(*(escape(sentence(cell)) for cell in row))
     Console().print(table)
     if report.per_class is not None and len(report.per_class.classes) > MANY_CLASSES:
         _print_best_and_worst(report.per_class)
@@ -89,7 +91,8 @@ def _print(report: Report, name: str, subject: Subject) -> None:
 
 
 def _print_best_and_worst(per_class: PerClass) -> None:
-    shares, other, names = per_class.accuracies(), per_class.taken_for(), per_class.classes
+    shares, other = per_class.accuracies(), per_class.taken_for()
+    names = [escape(sentence(name)) for name in per_class.classes]
     table = Table("class", "top-1", "most often taken for", title="best and worst classes")
     best, worst = per_class.best_and_worst()
     for numbers in (best, worst[::-1]):

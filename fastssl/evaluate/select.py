@@ -42,6 +42,7 @@ from fastssl.evaluate.task import Report, Task
 from fastssl.settings import require
 from fastssl.stamp_pictures import light
 from pipelines.views import ViewSpec
+from shard_tools.documents import MAX_LIST_BYTES, read_limited
 from shard_tools.extract import original_name
 from shard_tools.manifest import Manifest
 
@@ -128,7 +129,7 @@ def excluded_ids(file: str, manifest: Manifest) -> set[int]:
     if not file:
         return set()
     try:
-        lines = Path(file).read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = read_limited(Path(file), MAX_LIST_BYTES).decode("utf-8", "surrogateescape").splitlines()
     except OSError as error:
         raise ValueError(f"evaluator.exclude is {file!r}, which cannot be read ({error.strerror})") from None
     wanted = [line.strip() for line in lines if line.strip()]

@@ -38,6 +38,7 @@ from fastssl.precision import autocast
 from fastssl.settings import require
 from pipelines.loader import available_cores
 from shard_tools.extract import read_image
+from shard_tools.headers import FORMATS
 from shard_tools.manifest import Manifest
 
 MEAN, STD = (0.4573, 0.4388, 0.4073), (0.2675, 0.2638, 0.2777)  # of VOC07, as their code has them
@@ -231,7 +232,7 @@ def _batches(
 
 
 def _opened(payload: bytes) -> Image.Image:
-    return Image.open(io.BytesIO(payload)).convert("RGB")
+    return Image.open(io.BytesIO(payload), formats=FORMATS).convert("RGB")
 
 
 def _normalised(image: Image.Image) -> Tensor:
