@@ -113,7 +113,7 @@ def save(
             write_tensors(beside / "training.pt", training)
             facts = {"format": FORMAT, "step": step, "world": dist.world(), **meta}
             write_text(beside / "meta.json", json.dumps(facts, indent=1))
-            seal(beside)
+            seal(beside, _names(dist.world()))
             sync_folder(beside)
             write_text(root / ".LAST", final.name + "\n")
             _publish(beside, final)
@@ -148,8 +148,7 @@ def check(folder: Path) -> str | None:
     """What is damaged in a checkpoint folder, or None. Raises CheckpointError if another version wrote it."""
     try:
         meta = load_meta(folder)
-        ranks = [_rank_file(rank) for rank in range(meta["world"])]
-        verify(folder, ["model.pt", "training.pt", "meta.json", *ranks])
+        verify(folder, _names(meta["world"]))
     except DamagedError as error:
         return error.fault
     named = _STEP.fullmatch(folder.name)
@@ -273,6 +272,11 @@ def _is_checkpoint(path: Path) -> bool:
         _STEP.fullmatch(path.name) is not None
         or any(os.path.lexists(path / name) for name in (SUMS, "meta.json", "model.pt"))
     )
+
+
+def _names(world: int) -> set[str]:
+    """What `world` ranks write."""
+    return {"model.pt", "training.pt", "meta.json", *map(_rank_file, range(world))}
 
 
 def _rank_file(rank: int) -> str:

@@ -14,7 +14,7 @@ import os
 import re
 import stat
 import zipfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -58,12 +58,12 @@ def write_text(path: Path, text: str) -> None:
     _write(path, lambda file: file.write(text.encode()))
 
 
-def seal(folder: Path) -> None:
-    """Write SHA256SUMS of all files of `folder`, read back from where they were written. Raises OSError."""
+def seal(folder: Path, names: Iterable[str]) -> None:
+    """Write SHA256SUMS of these files, read back from where they were written. Raises OSError; all must be there."""
     lines = []
-    for path in sorted(folder.iterdir()):
-        with path.open("rb", buffering=0) as file:
-            lines.append(f"{sha256(file)}  {path.name}\n")
+    for name in sorted(names):
+        with (folder / name).open("rb", buffering=0) as file:
+            lines.append(f"{sha256(file)}  {name}\n")
     write_text(folder / SUMS, "".join(lines))
 
 

@@ -25,7 +25,7 @@ from fastssl import dist
 from shard_tools.disk import Locked
 
 FILE = "lock"
-PATIENCE_S = 3.0  # for what is left of a job that was killed a moment ago
+PATIENCE_S = 2.0  # for what is left of a job that was killed a moment ago
 
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 _NOTE_BYTES = 1024
