@@ -73,7 +73,7 @@ class Method(nn.Module):
         """
         return None
 
-    def moved_before_step(self) -> list[nn.Parameter]:
+    def moved_before_step(self) -> list[Tensor]:
         """Parameters with gradients that `before_step` changes, so that a rejected step can be taken back."""
         return []
 

@@ -136,7 +136,7 @@ class Swav(Method):
         """ln P: every prototype equally likely."""
         return math.log(self.config.num_prototypes)
 
-    def moved_before_step(self) -> list[nn.Parameter]:
+    def moved_before_step(self) -> list[Tensor]:
         return [self.prototypes.weight]
 
     @torch.no_grad()
