@@ -9,6 +9,7 @@
 #include "kernel.h"
 
 #define KEPT_BYTES (64u << 20) /* a larger buffer is given back after the image that needed it */
+#define FILES_A_LIFE 64        /* decompressors keep about 2 KB of tables a file */
 #define MAX_SCANS 500          /* of a progressive file; a crafted one has millions, and takes hours */
 
 typedef struct jpeg_error_mgr *(*std_error_f)(struct jpeg_error_mgr *);
@@ -26,6 +27,7 @@ struct decoder {
     jmp_buf on_error;
     libjpeg_t library;
     scratch_t buffer;
+    unsigned num_files;
 };
 
 static void fail(j_common_ptr jpeg) { longjmp(((decoder_t *)jpeg->client_data)->on_error, 1); }
@@ -117,6 +119,20 @@ static int read_planes(decoder_t *d, image_t *image, int last_row) {
     return DONE;
 }
 
+/* Tables that a file lacks would be those of the file before. They live as long as the decompressor, which costs as much
+   as a hundredth of an image: so it is a new one now and then only. */
+static void forget_tables(decoder_t *d) {
+    struct jpeg_decompress_struct *jpeg = &d->jpeg;
+    if (++d->num_files % FILES_A_LIFE == 0) {
+        ((end_f)d->library.destroy)(jpeg);
+        ((create_f)d->library.create)(jpeg, JPEG_LIB_VERSION, sizeof *jpeg);
+        jpeg->progress = &d->progress;
+    }
+    memset(jpeg->quant_tbl_ptrs, 0, sizeof jpeg->quant_tbl_ptrs);
+    memset(jpeg->dc_huff_tbl_ptrs, 0, sizeof jpeg->dc_huff_tbl_ptrs);
+    memset(jpeg->ac_huff_tbl_ptrs, 0, sizeof jpeg->ac_huff_tbl_ptrs);
+}
+
 int decode(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image) {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     if (setjmp(d->on_error)) {
@@ -124,10 +140,7 @@ int decode(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, in
         return NOT_FOR_US;
     }
     if (num_bytes < 4 || file[0] != 0xff || file[1] != 0xd8) return NOT_FOR_US;
-    /* A new one for each file: tables that a file lacks would be those of the file before. */
-    ((end_f)d->library.destroy)(jpeg);
-    ((create_f)d->library.create)(jpeg, JPEG_LIB_VERSION, sizeof *jpeg);
-    jpeg->progress = &d->progress;
+    forget_tables(d);
     if (d->buffer.num_bytes > KEPT_BYTES) {
         free(d->buffer.block);
         d->buffer = (scratch_t){0};
