@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from shard_tools.info import describe, lines
-from shard_tools.manifest import INDEX_DTYPE, Manifest, ShardError
+from shard_tools.manifest import INDEX_DTYPE, Damaged, Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
 from tests.shard_tools.builders import ROOT, class_tree
@@ -94,6 +94,17 @@ def test_a_manifest_with_a_wrong_field_is_refused(packed: Path, changes: dict[st
     rewrite(packed, **changes)
     with pytest.raises(ShardError, match=r"is no manifest of .+ \(.+\); .*pack the split again"):
         Manifest.load(packed)
+
+
+def test_a_change_of_what_the_digest_leaves_out_is_refused_too(packed: Path) -> None:
+    """The census, the source and the hashes of .idx files: training reads some of them."""
+    path = packed / "train/manifest.json"
+    good = path.read_text()
+    for before, after in (('"jpeg": 21', '"jpeg": 29'), ('"kind": "imagefolder"', '"kind": "imagefoldes"')):
+        assert before in good
+        path.write_text(good.replace(before, after))
+        with pytest.raises(Damaged, match="its checksum does not match"):
+            Manifest.load(packed)
 
 
 @pytest.mark.parametrize("name", ["/etc/passwd", "../x.tar", "a/b.tar", ".hidden.tar", "x.txt", "nul\0.tar", ""])
