@@ -140,7 +140,8 @@ class Watchdog:
 
     def _close_in(self, notice: Notice) -> None:
         if self._notice is None:
-            self._notice, self._since_notice = notice, time.monotonic()
+            self._since_notice = time.monotonic()
+            self._notice = notice  # last, for the other threads look at it
             prefix = f"rank {notice.rank}: " if notice.rank else ""
             self._state.end(notice.code, prefix + notice.reason)
 
@@ -162,7 +163,8 @@ class Watchdog:
             if self._agent is not None and os.getppid() != self._agent:
                 self._agent = None
                 self._stop.ask()
-            if first and not self._stop.begun and now - min(first.values()) > EARLY_GRACE_S:
+            early = first and not (self._stop.begun or self._failed)
+            if early and now - min(first.values()) > EARLY_GRACE_S:
                 self._leave_early()
             if self._notice and now - self._since_notice > GRACE_S and not self._closing.is_set():
                 leave(self._code())
