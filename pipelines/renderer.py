@@ -199,7 +199,8 @@ class Renderer:
             row = replacement(self._seed, pending.epoch, planned, attempt, self._manifest.num_samples)
             pending.rows[i] = row
             ((image,),) = [part.result() for part in self.reader.request(np.array([row]))]
-            if unfit := self._faults(np.array([row]), [image]):
+            unfit = self._faults(np.array([row]), [image])
+            if unfit or isinstance(image, ShardError):
                 waiting[i] = unfit[0]
             else:
                 pending.images[i] = image
