@@ -51,7 +51,8 @@ class Disk:
         self.faults += [f"{path} is renamed unsynced" for path in (source, *inside) if not self.is_synced(path)]
         real(source, to)
         self.renamed.append(to)
-        self._unsynced_folders.add(to.parent.resolve())
+        if not to.name.startswith(".deleting-"):  # what goes may come back: a retention is repeated
+            self._unsynced_folders.add(to.parent.resolve())
 
 
 @pytest.fixture
@@ -91,16 +92,15 @@ def test_every_safeguard_is_where_the_list_says_and_has_tests():
     assert len({safeguard.name for safeguard in SAFEGUARDS}) == len(SAFEGUARDS)
     for safeguard in SAFEGUARDS:
         source = (REPOSITORY / safeguard.file).read_text()
-        assert source.count(safeguard.text) == 1, safeguard.name
-        without = source.replace(safeguard.text, safeguard.without)
+        without = safeguard.without(source)
         assert without != source, safeguard.name
         ast.parse(without)
         assert safeguard.tests, safeguard.name
         for test in safeguard.tests:
-            path, _, name = test.partition("::")
+            path, *_, name = test.split("::")
             tree = ast.parse((REPOSITORY / path).read_text())
             functions = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-            assert not name or name.partition("[")[0] in functions, (safeguard.name, test)
+            assert name in functions, (safeguard.name, test)
 
 
 @pytest.mark.slow
