@@ -93,7 +93,7 @@ def test_a_stopped_rank_is_reported_by_the_others(monitored_shards, tmp_path, fo
     "SIGKILL of a random rank at a random step, under torchrun --max-restarts",
     "torchrun starts the ranks again, and the end is to the bit that of a run without",
 )
-def test_torchrun_recovers_from_a_killed_rank(tiny_shards, tmp_path, fork_server, record_property):
+def test_torchrun_recovers_from_a_killed_rank(tiny_shards, tmp_path, fork_server, record_property, request):
     """Two kills a job, or one."""
     steps, rng, taken, jobs = 60, random.Random(8), [], times(1, 10)
     moments = ((3, 25), (26, 50))[: times(1, 2)]
@@ -105,6 +105,7 @@ def test_torchrun_recovers_from_a_killed_rank(tiny_shards, tmp_path, fork_server
         life = start_torchrun(
             "fastssl.train", settings(tiny_shards, folder / "run", *more), watch, folder=folder, more=restarts
         )
+        request.addfinalizer(life.kill)
         for low, high in moments:
             until(has_batches, folder, rng.randrange(low, high))
             workers, killed = life.workers, time.monotonic()
@@ -143,7 +144,7 @@ def are_others(life, workers):
 
 
 def until(condition, *arguments):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180  # torchrun on a busy machine
     while not condition(*arguments):
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.02)

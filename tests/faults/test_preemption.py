@@ -110,7 +110,7 @@ def test_a_signal_to_the_agent_saves_and_stops_all(monitored_shards, tmp_path, n
 
 
 def until(condition):
-    end = time.monotonic() + 60
+    end = time.monotonic() + 180  # torchrun on a busy machine
     while not condition():
         assert time.monotonic() < end, "it took too long"
         time.sleep(0.02)
