@@ -26,7 +26,8 @@ from tests.faults.mutations import mutated
 from tests.shard_tools.builders import encode, picture
 from tests.shards import write_split
 
-BATCH, A_SPLIT = 8, 256
+BATCH, DAMAGED = 8, 64  # damaged images in a split
+GOOD = 7  # for each of them, so that eight replacements in a row are never all bad
 SLOW_S = 1.0  # CPU seconds that one batch may take beyond what a good one takes
 MOST_PX = 2**21  # of a damaged header that the index is made to agree with
 AUGMENT = AugmentSpec(jitter_p=0.8, brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1, grayscale_p=0.2, blur_p=0.5)
@@ -47,16 +48,16 @@ def seeds() -> list[bytes]:
 
 def main(folder: Path, backend: str, count: int, status: int) -> None:
     files = seeds()
-    good = [("jpg", encode(picture(i, (96, 64)))) for i in range(A_SPLIT // 2)]
-    for begin in range(0, count, A_SPLIT // 2):
+    good = [("jpg", encode(picture(i, (96, 64)))) for i in range(GOOD)]
+    for begin in range(0, count, DAMAGED):
         os.pwrite(status, b"%-8s%08d" % (backend.encode(), begin), 0)
         damaged, sizes = [], {}
-        for seed in range(begin, min(begin + A_SPLIT // 2, count)):
+        for seed in range(begin, min(begin + DAMAGED, count)):
             rng = random.Random(seed)
             original = rng.choice(files)
             damaged.append(mutated(original, rng) or b"x")
-            sizes[2 * len(damaged) - 1] = agreed_size(damaged[-1], rng)
-        mixed = [file for pair in zip(good, [("jpg", data) for data in damaged]) for file in pair]
+            sizes[(GOOD + 1) * len(damaged) - 1] = agreed_size(damaged[-1], rng)
+        mixed = [file for data in damaged for file in (*good, ("jpg", data))]
         shutil.rmtree(folder / "train", ignore_errors=True)
         train(write_split(folder, mixed, sizes=sizes), backend)
         judge(damaged)
