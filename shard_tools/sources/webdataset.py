@@ -61,6 +61,8 @@ def _expanded(pattern: str) -> Iterator[str]:
 def _choices(text: str) -> list[str]:
     if counted := re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", text):
         first, last = counted.groups()
+        if int(last) < int(first):
+            raise ShardError(f"{{{text}}} counts backwards; check SRC")
         if int(last) - int(first) >= _MAX_SHARDS:
             raise ShardError(f"{{{text}}} means more than {_MAX_SHARDS} shards; check SRC")
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
