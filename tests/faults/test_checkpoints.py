@@ -107,6 +107,8 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(fork_server, tmp_pa
         number = saves.content(checkpoint.newest(run))
         assert number >= max(least, saves.said(run, "saved"))
         assert len(whole(run)) + sum(checkpoint.check(f) is None for f in run.glob("checkpoints/.replaced-*")) >= 2
+        broken = {folder.name for folder in run.glob("checkpoints/step-*") if checkpoint.check(folder)}
+        assert broken <= ({"step-00000003"} if there == "a damaged one" else set())
         if code == 0:
             break
         assert code == -signal.SIGKILL, life.err
