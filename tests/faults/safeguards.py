@@ -307,7 +307,8 @@ def _why_unnoticed(tree: Path, safeguard: Safeguard) -> str | None:
         path.write_text(before)
     if code == 0:
         return "its tests pass without it"
-    return None if code == 1 else f"pytest ended with {code}, which is no failed test:\n{said[-2000:]}"
+    # Killed by a signal that the safeguard would have caught: that is seen, too.
+    return None if code == 1 or code < 0 else f"pytest ended with {code}, which is no failed test:\n{said[-2000:]}"
 
 
 def main(words: list[str]) -> int:
