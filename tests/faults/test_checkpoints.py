@@ -99,7 +99,7 @@ def test_a_kill_at_any_system_call_leaves_a_whole_checkpoint(fork_server, tmp_pa
     (ready / "said").unlink()
     steps, least = ("3 x 4", 3) if there == "a whole one" else ("3", 2)
     killed, first = 0, 1 + 2 * ("nothing", "a damaged one", "a whole one").index(there)
-    for call in itertools.count(times(first, 1), times(6, 1)):
+    for call in itertools.count(times(first, 1), times(5, 1)):
         run = tmp_path / f"killed-{call}"
         shutil.copytree(ready, run)
         life = fork_server.start("tests.faults.saves", ["save", str(run), steps, "2", str(call)])
