@@ -22,6 +22,7 @@ from torch import Tensor
 from fastssl import dist
 from fastssl.health import HealthWatch
 from fastssl.methods.base import Output
+from shard_tools.disk import write_file
 
 PLAIN_LINE_EVERY_S = 30.0  # without a terminal, a line at most this often
 
@@ -178,9 +179,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 def _reopen(path: Path, start: int) -> Any:
     kept = [line for line in _whole_lines(path) if line["step"] <= start] if path.is_file() else []
-    beside = path.with_name(f".{path.name}")
-    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    beside.replace(path)  # not in place: a job that is killed here must not lose its metrics
+    # not in place: a job that is killed here must not lose its metrics
+    write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
     return path.open("a")
 
 

@@ -86,7 +86,7 @@ def _results(source: Source) -> list[str]:
 
 
 def _result(path: Path, step: int | None) -> tuple[dict[str, object], list[str]]:
-    """Metrics and protocol of an evaluation at `step`; nothing of another step's. Raises ValueError for what is none."""
+    """Metrics and protocol of an evaluation at `step`; nothing of another step. Raises ValueError for what is none."""
     try:
         result = read_json(path, MAX_RESULT_BYTES)
         if not isinstance(result, dict) or result.get("step") != step:
