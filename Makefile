@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_DIR ?= runs/demo
+TEST_WORKERS ?= 2
 KERNEL := $(wildcard pipelines/native/*.[ch]) pipelines/native/build.py
 
 .PHONY: help setup demo test faults lint format bench clean
@@ -20,8 +21,9 @@ setup: $(VENV)/.dev
 demo: $(VENV)/.demo
 	$(BIN)/python -m fastssl.demo $(DEMO_DIR)
 
+# One thread of OpenMP a process: with as many as cores, processes beside each other take ten times as long.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 faults: $(VENV)/.dev
 	FASTSSL_FAULTS=full FASTSSL_RECORD_FAULTS=bench/results/faults.json $(BIN)/python -m pytest -m fault $(PYTEST_ARGS)

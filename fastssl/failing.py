@@ -54,7 +54,11 @@ class Ended(BaseException):
 
 
 class Board:
-    """A place in the store of the ranks where the first that fails leaves its notice; threads may share it."""
+    """A place in the store of the ranks where the first that fails leaves its notice; threads may share it.
+
+    A rank that has seen the notice asks for nothing more: the one that has the store may end from then on, and torch
+    tells the user at length of a connection that breaks while it is in use.
+    """
 
     def __init__(self, store: td.Store) -> None:
         self._store = store
@@ -91,13 +95,15 @@ class Board:
         return notice
 
     def post(self, key: str, value: str) -> None:
-        """Anything else that other ranks should see."""
+        """Anything else that other ranks should see, until there is a notice."""
         with self._open():
-            self._store.set(key, value)
+            if self._notice is None:
+                self._store.set(key, value)
 
     def posted(self, key: str) -> str | None:
         with self._open():
-            return self._store.get(key).decode() if self._store.check([key]) else None
+            found = self._notice is None and self._store.check([key])
+            return self._store.get(key).decode() if found else None
 
     def linger(self) -> None:
         """Before the end, if the store ends with this process: wait until all ranks have seen the notice."""

@@ -169,7 +169,7 @@ def test_a_killed_torchrun_goes_on_to_the_same_bits(runs, form, record_property)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_run_killed_at_a_chosen_moment_goes_on_to_the_same_bits(runs, ranks, record_property):
     edge, last = methods.STEPS_PER_EPOCH, ranks - 1
-    lives = [["fsync:3", f"batch:3@{last}", "rename:1", f"batch:{edge}@0", "rename:2", f"batch:{edge + 2}@{last}"]]
+    lives = [["fsync:5", f"batch:3@{last}", "rename:1", f"batch:{edge}@0", "rename:2", f"batch:{edge + 2}@{last}"]]
     if times(0, 1):
         lives += [[f"fsync:{n}" for n in range(first, first + 4)] for first in range(1, 17, 4)]
         lives += [[f"rename:{n}" for n in range(1, 5)], [f"batch:{n}@0" for n in range(edge - 1, STEPS, 2)]]

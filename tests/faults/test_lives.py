@@ -47,7 +47,7 @@ def test_a_forked_job_is_to_the_bit_one_of_a_fresh_process(tiny_shards, tmp_path
     assert_same_state(tmp_path / "forked", tmp_path / "fresh")
 
 
-@pytest.mark.parametrize(("point", "steps"), [("batch:3", 4), ("fsync:3", 2), ("rename:1", 0)])
+@pytest.mark.parametrize(("point", "steps"), [("batch:3", 4), ("fsync:5", 2), ("rename:1", 0)])
 def test_a_job_dies_where_it_is_told_to(tiny_shards, tmp_path, fork_server, point, steps):
     life = fork_server.start("fastssl.train", settings(tiny_shards, tmp_path), Watch(chain=str(tmp_path), die=point))
     assert life.finish() == -signal.SIGKILL

@@ -47,8 +47,6 @@ class Disk:
         self.synced[status.st_ino] = (status.st_size, status.st_mtime_ns)
 
     def _rename(self, real, source: Path, to: Path) -> None:
-        if to.name == "metrics.jsonl":  # a log, of which a power cut may take what it likes
-            return real(source, to)
         inside = sorted(source.iterdir()) if source.is_dir() else []
         self.faults += [f"{path} is renamed unsynced" for path in (source, *inside) if not self.is_synced(path)]
         real(source, to)
