@@ -20,9 +20,7 @@ NUM_SAMPLES = 61  # odd, so that every batch size leaves a tail
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if (
-        signal.getsignal(signal.SIGINT) == signal.SIG_IGN
-    ):  # in a shell's background job, and its children
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in a shell's background job, and its children
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if path := os.environ.get("FASTSSL_RECORD_FAULTS"):
         config.pluginmanager.register(Recorder(Path(path)), "fault-recorder")
