@@ -26,7 +26,12 @@ REPOSITORY = Path(__file__).parents[2]
 
 def times(quick: int, full: int) -> int:
     """How often to inject: `full` under `make faults`, `quick` in the usual suite."""
-    return full if os.environ.get("FASTSSL_FAULTS") == "full" else quick
+    return full if is_full() else quick
+
+
+def is_full() -> bool:
+    """Whether this is `make faults`."""
+    return os.environ.get("FASTSSL_FAULTS") == "full"
 
 
 class Recorder:
@@ -51,7 +56,7 @@ class Recorder:
         if not self._rows:
             return
         kept = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        where = {"commit": _commit(), "date": date.today().isoformat(), "machine": _machine()}
+        where = {"commit": _commit(), "date": date.today().isoformat(), "machine": _machine(), "full": is_full()}
         kept |= {test: {**row, **where} for test, row in self._rows.items()}
         self._path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 

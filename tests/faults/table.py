@@ -55,7 +55,11 @@ def _row(fault: Fault, row: dict[str, Any] | None) -> str:
     if row is None:
         seen, seconds = "**not run**", ""
     else:
-        seen = "; ".join(dict.fromkeys(row["seen"])) if row["passed"] else "**failed**"
+        seen = (
+            ("" if row["full"] else "quick: ") + "; ".join(dict.fromkeys(row["seen"]))
+            if row["passed"]
+            else "**failed**"
+        )
         seconds = f"{row['seconds']:.1f}"
     code = "" if fault.exit_code is None else str(fault.exit_code)
     cells = [fault.fault, fault.outcome, seen, code, seconds, f"`{fault.test.removeprefix('tests/')}`"]

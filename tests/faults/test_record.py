@@ -44,19 +44,21 @@ def test_a_run_records_each_marked_test_once_and_keeps_what_was_there(tmp_path):
 
 
 def test_the_table_says_what_failed_and_what_never_ran():
-    faults = [Fault("t::a", "b | c", "is found", 7), Fault("t::b", "a", "x", None), Fault("t::c", "d", "x", None)]
-    where = {"machine": "m", "date": "d", "commit": "c"}
+    faults = [Fault("t::a", "b | c", "is found", 7), *(Fault(f"t::{n}", f, "x", None) for n, f in ("ba", "cd", "de"))]
+    where = {"machine": "m", "date": "d", "commit": "c", "full": True}
     record = {
         "t::a": {"passed": True, "seconds": 1.25, "seen": ["3 of 3", "3 of 3"], **where},
         "t::b": {"passed": False, "seconds": 1.0, "seen": [], **where},
+        "t::d": {"passed": True, "seconds": 0.0, "seen": ["1 of 1"], **where, "full": False},
     }
     assert rows(faults, record)[2:] == [
         "| a | x | **failed** |  | 1.0 | `t::b` |",
         "| b \\| c | is found | 3 of 3 | 7 | 1.2 | `t::a` |",
         "| d | x | **not run** |  |  | `t::c` |",
+        "| e | x | quick: 1 of 1 |  | 0.0 | `t::d` |",
     ]
     text = page(f"head\n{BEGIN}\nold\n{END}\ntail", faults, record)
     assert text.startswith("head\n")
     assert text.endswith(f"{END}\ntail")
     assert "old" not in text
-    assert "3 faults. Recorded on m, d, commit c." in text
+    assert "4 faults. Recorded on m, d, commit c." in text
