@@ -55,11 +55,11 @@ def _row(fault: Fault, row: dict[str, Any] | None) -> str:
     if row is None:
         seen, seconds = "**not run**", ""
     else:
-        seen = (
-            ("" if row["full"] else "quick: ") + "; ".join(dict.fromkeys(row["seen"]))
-            if row["passed"]
-            else "**failed**"
-        )
+        seen = "; ".join(dict.fromkeys(row["seen"])) or "yes"
+        if not row["passed"]:
+            seen = "**failed**"
+        elif not row["full"]:
+            seen = f"quick: {seen}"
         seconds = f"{row['seconds']:.1f}"
     code = "" if fault.exit_code is None else str(fault.exit_code)
     cells = [fault.fault, fault.outcome, seen, code, seconds, f"`{fault.test.removeprefix('tests/')}`"]
