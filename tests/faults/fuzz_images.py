@@ -22,6 +22,7 @@ from pipelines.loader import Loader
 from pipelines.views import ViewSpec
 from shard_tools.headers import Refused, size_of
 from shard_tools.images import BadImage, inspect
+from tests.faults.memory import resident_mb
 from tests.faults.mutations import mutated
 from tests.shard_tools.builders import encode, picture
 from tests.shards import write_split
@@ -101,4 +102,4 @@ if __name__ == "__main__":
     for word in sys.argv[3:]:
         backend, _, count = word.partition("=")
         main(Path(sys.argv[1]), backend, int(count), os.open(sys.argv[2], os.O_WRONLY))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+    print(round(resident_mb("VmHWM")))

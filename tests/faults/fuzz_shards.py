@@ -24,6 +24,7 @@ from pipelines.reader import Reader
 from shard_tools.adopt import AdoptOptions, adopt
 from shard_tools.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardError, _checksum, _digest, sha256_of
 from shard_tools.verify import check, check_info, manifests_below
+from tests.faults.memory import resident_mb
 from tests.faults.mutations import mutated, mutated_tar
 
 SLOW_S = 1.0  # CPU seconds that one input may take
@@ -125,4 +126,4 @@ def read_everything(split: Path) -> list[str]:
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30, 3 * 2**30))
     main(Path(sys.argv[1]), int(sys.argv[3]), int(sys.argv[4]), os.open(sys.argv[2], os.O_WRONLY))
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000)
+    print(round(resident_mb("VmHWM")))

@@ -14,6 +14,7 @@ from pipelines.loader import Loader, read_once
 from pipelines.views import ViewSpec
 from shard_tools import stamps
 from shard_tools.manifest import Damaged, Manifest
+from tests.faults.memory import resident_mb
 from tests.pipelines import bombs
 from tests.shards import write_split
 
@@ -69,18 +70,13 @@ def epoch(manifest: Manifest, backend: str) -> tuple[float, float, set[str]]:
     options = {"batch_size": 8, "seed": 1, "threads": 1, "prefetch": 1, "on_bad": "replace", "backend": backend}
     with Loader(manifest, SPECS, **options) as loader:
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        start_mb, start_s = resident("VmRSS"), time.process_time()
+        start_mb, start_s = resident_mb("VmRSS"), time.process_time()
         batches = list(itertools.islice(loader.batches(), loader.steps_per_epoch))
         return (
             time.process_time() - start_s,
-            resident("VmHWM") - start_mb,
+            resident_mb("VmHWM") - start_mb,
             {sentence for batch in batches for sentence in batch.replaced},
         )
-
-
-def resident(which: str) -> float:
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{which}:"))
-    return int(line.split()[1]) / 1000
 
 
 @pytest.mark.fault(
@@ -114,9 +110,9 @@ def test_a_stamp_that_claims_more_than_it_holds(tmp_path, rng, record_property) 
     manifest = stamps_split(tmp_path, good)
     with Loader(manifest, STAMP_SPECS, batch_size=8, seed=1, on_bad="replace", output="float32") as loader:
         Path("/proc/self/clear_refs").write_text("5")
-        start_mb, start_s = resident("VmRSS"), time.process_time()
+        start_mb, start_s = resident_mb("VmRSS"), time.process_time()
         replaced = {text for batch in itertools.islice(loader.batches(), 2) for text in batch.replaced}
-    seconds, grown_mb = time.process_time() - start_s, resident("VmHWM") - start_mb
+    seconds, grown_mb = time.process_time() - start_s, resident_mb("VmHWM") - start_mb
     assert any("train-000000.tar:000000005.npy is no good stamp" in text for text in replaced)
     record_property("seen", f"{1000 * seconds:.0f} ms, {grown_mb:.0f} MB for two batches")
     assert seconds < 0.1
