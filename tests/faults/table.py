@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.faults.record import REPOSITORY
 
 RECORD = REPOSITORY / "bench/results/faults.json"
 PAGE = REPOSITORY / "docs/reliability.md"
+_COUNT = re.compile(r"(\d+) of (\d+)$")
 BEGIN, END = "<!-- faults: written by `python -m tests.faults.table` -->", "<!-- end of faults -->"
 
 
@@ -55,7 +57,7 @@ def _row(fault: Fault, row: dict[str, Any] | None) -> str:
     if row is None:
         seen, seconds = "**not run**", ""
     else:
-        seen = "; ".join(dict.fromkeys(row["seen"])) or "yes"
+        seen = _summary(row["seen"])
         if not row["passed"]:
             seen = "**failed**"
         elif not row["full"]:
@@ -64,6 +66,14 @@ def _row(fault: Fault, row: dict[str, Any] | None) -> str:
     code = "" if fault.exit_code is None else str(fault.exit_code)
     cells = [fault.fault, fault.outcome, seen, code, seconds, f"`{fault.test.removeprefix('tests/')}`"]
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _summary(seen: list[str]) -> str:
+    """What the cases of a test saw, of many only the sum of "3 of 3"."""
+    counts = [match for match in map(_COUNT.search, seen) if match]
+    if len(seen) > 4 and len(counts) == len(seen):
+        return f"{sum(int(c[1]) for c in counts)} of {sum(int(c[2]) for c in counts)} in {len(seen)} cases"
+    return "; ".join(dict.fromkeys(seen)) or "yes"
 
 
 def _marked_in(path: Path) -> list[Fault]:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
+from shard_tools import exit_codes
 from tests.faults.record import REPOSITORY
-from tests.faults.table import BEGIN, END, Fault, page, rows
+from tests.faults.table import BEGIN, END, PAGE, Fault, marked, page, read_record, rows
 
 MARKED = """
 import pytest
@@ -62,3 +64,10 @@ def test_the_table_says_what_failed_and_what_never_ran():
     assert text.endswith(f"{END}\ntail")
     assert "old" not in text
     assert "4 faults. Recorded on m, d, commit c." in text
+
+
+def test_the_page_shows_every_marked_test_as_the_record_has_it():
+    text = PAGE.read_text()
+    assert page(text, marked(), read_record()) == text, "run `python -m tests.faults.table`"
+    codes = [line.split("|")[1].strip() for line in text.splitlines() if re.match(r"\| \d+ \|", line)]
+    assert sorted(map(int, codes)) == sorted(v for v in vars(exit_codes).values() if isinstance(v, int))
