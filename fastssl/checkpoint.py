@@ -111,7 +111,7 @@ def save(
         if main:
             write_tensors(beside / "model.pt", model.state_dict())
             write_tensors(beside / "training.pt", training)
-            facts = {"format": FORMAT, "step": step, "world": dist.world(), **meta}
+            facts = {**meta, "format": FORMAT, "step": step, "world": dist.world()}
             write_text(beside / "meta.json", json.dumps(facts, indent=1))
             seal(beside, _names(dist.world()))
             sync_folder(beside)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,12 +20,12 @@ from typing import Any, BinaryIO
 import torch
 
 from shard_tools import exit_codes
+from shard_tools.manifest import sha256_of, sha256_of_open
 
 SUMS = "SHA256SUMS"
 MAX_TEXT_BYTES = 1 << 20
 
 _LINE = re.compile(rb"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,63})")
-_BLOCK_BYTES = 1 << 20
 _ZIP_END_BYTES = 22
 
 
@@ -60,11 +59,7 @@ def write_text(path: Path, text: str) -> None:
 
 def seal(folder: Path, names: Iterable[str]) -> None:
     """Write SHA256SUMS of these files, read back from where they were written. Raises OSError; all must be there."""
-    lines = []
-    for name in sorted(names):
-        with (folder / name).open("rb", buffering=0) as file:
-            lines.append(f"{sha256(file)}  {name}\n")
-    write_text(folder / SUMS, "".join(lines))
+    write_text(folder / SUMS, "".join(f"{sha256_of(folder / name)}  {name}\n" for name in sorted(names)))
 
 
 def sealed_names(folder: Path) -> dict[str, str]:
@@ -99,7 +94,7 @@ def read_tensors(folder: Path, name: str, device: torch.device) -> dict[str, Any
     Raises DamagedError, or CheckpointError if the file is whole but holds something else.
     """
     with _opened(folder, name, sealed_names(folder).get(name)) as file:
-        if not _is_uncompressed(file):
+        if not is_uncompressed(file):
             raise CheckpointError(f"{folder / name} is compressed, which fastssl never does; take one that it wrote")
         try:
             value = torch.load(file, map_location=device, weights_only=True)
@@ -126,20 +121,12 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     return value
 
 
-def sha256(file: BinaryIO) -> str:
-    """Of the rest of an open file."""
-    digest, block = hashlib.sha256(), memoryview(bytearray(_BLOCK_BYTES))
-    while count := file.readinto(block):  # type: ignore[attr-defined]
-        digest.update(block[:count])
-    return digest.hexdigest()
-
-
-def _is_uncompressed(file: BinaryIO) -> bool:
-    """Whether unpacking takes no more memory than the file is large. Leaves the file at its start."""
+def is_uncompressed(file: BinaryIO) -> bool:
+    """Whether unpacking a zip takes no more memory than it is large; true of all else. Leaves the file at its start."""
     try:
         members = zipfile.ZipFile(file).infolist()
     except (zipfile.BadZipFile, NotImplementedError, OverflowError, ValueError):
-        members = []  # torch says what is wrong with it
+        members = []  # no zip, or torch says what is wrong with it
     file.seek(0)
     size = os.fstat(file.fileno()).st_size
     return all(m.compress_type == zipfile.ZIP_STORED for m in members) and sum(m.file_size for m in members) <= size
@@ -161,7 +148,7 @@ def _opened(folder: Path, name: str, digest: str | None, most: int | None = None
     with _regular_file(folder, name, most) as file:
         if name.endswith(".pt") and not _ends_as_archive(file):  # known at once, however large the file claims to be
             raise DamagedError.of(folder, f"{name} is cut, or nothing that torch.save writes")
-        if sha256(file) != digest:
+        if sha256_of_open(file) != digest:
             raise DamagedError.of(folder, f"{name} does not have the sha256 that {SUMS} says")
         file.seek(0)
         yield file

@@ -55,6 +55,21 @@ def held(run_dir: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def is_free(run_dir: Path) -> bool:
+    """Whether there was a job, and none works on the run now. Takes the lock for a moment, which `held` waits for."""
+    try:
+        descriptor = os.open(run_dir / FILE, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def _open(path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
-import fcntl
 import json
 import os
 import socket
@@ -112,20 +111,8 @@ class StateKeeper:
     def _left_behind(self) -> RunState | None:
         """What an earlier job left that may go on, if none works on it now."""
         before = read(self._run_dir)
-        return None if before is None or before.state == "done" or not (self._ours or self._is_free()) else before
-
-    def _is_free(self) -> bool:
-        try:
-            descriptor = os.open(self._run_dir / run_lock.FILE, os.O_RDONLY)
-        except OSError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
-        return True
+        free = self._ours or run_lock.is_free(self._run_dir)
+        return before if before is not None and before.state != "done" and free else None
 
     def _put(self, state: RunState) -> None:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -100,6 +100,7 @@ def _run(cfg: Config, state: StateKeeper, stop: StopRequest, watchdog: Watchdog)
             return exit_codes.DONE
         chance = training.method.chance_level()
         log = RunLog(run_dir, start, total, cfg.run.batch_size, cfg.run.log_every, chance)
+        opened.callback(log.close)
         for line in _describe(training, manifest, loader, clock, total, lr, start):
             log.say(line)
         if lost:
@@ -134,16 +135,13 @@ def _run(cfg: Config, state: StateKeeper, stop: StopRequest, watchdog: Watchdog)
             watchdog.step_done()
             return stop.agreed(trouble(training, log, manifest, cfg))
 
-        try:
-            stop.begin()
-            stopped_at, reason = fit(
-                training, watchdog.over(loader.batches(start), start), lr, log, steps=range(start, until), save=save,
-                evaluate=evaluate, save_every=clock.every(cfg.run.save_every, "run.save_every"),
-                evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=step_done,
-            )  # fmt: skip
-            stop.close()
-        finally:
-            log.close()
+        stop.begin()
+        stopped_at, reason = fit(
+            training, watchdog.over(loader.batches(start), start), lr, log, steps=range(start, until), save=save,
+            evaluate=evaluate, save_every=clock.every(cfg.run.save_every, "run.save_every"),
+            evaluate_every=clock.every(cfg.knn.every, "knn.every"), stop=step_done,
+        )  # fmt: skip
+        stop.close()
         code, sentence = outcome(reason, stopped_at, total, training, manifest)
         state.end(code, sentence)
     if sentence and dist.rank() == 0:
@@ -291,12 +289,13 @@ def _meta(cfg: Config, fingerprint: str, method: Method) -> dict[str, Any]:
 def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, str | None]:
     """Load the newest whole checkpoint of the run, if any: the step to begin with, and a sentence on what was lost."""
     cfg = training.cfg
-    folder = dist.main_says(str(checkpoint.newest(run_dir) or "") if dist.rank() == 0 else None)
-    if not folder:
+    found = dist.main_says(str(checkpoint.newest(run_dir) or "") if dist.rank() == 0 else None)
+    if not found:
         return 0, None
+    folder = Path(str(found))
     if cfg.run.resume == "never":
         raise checkpoint.CheckpointError(f"{run_dir} has a checkpoint and run.resume is never; give another run.dir")
-    meta = checkpoint.load_meta(Path(str(folder)))
+    meta = checkpoint.load_meta(folder)
     before, now = (_with_loader(values, cfg) for values in (meta["config"], config.plain(cfg)))
     changed = _changed(before, now)
     if changed:
@@ -308,14 +307,14 @@ def _resume(training: Training, run_dir: Path, fingerprint: str) -> tuple[int, s
             f"{folder} was trained on other data than {shown(cfg.data.root)} holds, or by a version of fastssl that"
             " orders it otherwise; give those shards back, or another run.dir"
         )
-    state = checkpoint.restore(Path(str(folder)), training.method, training.device)
-    with checkpoint.fitting(Path(str(folder)), "training.pt"):
+    state = checkpoint.restore(folder, training.method, training.device)
+    with checkpoint.fitting(folder, "training.pt"):
         training.optimizer.load_state_dict(state["optimizer"])
         training.scaler.load_state_dict(state["scaler"])
         if training.probe and "online" in state:
             training.probe.load_state_dict(state["online"])
-    with checkpoint.fitting(Path(str(folder)), "rank-*.pt"):
-        lost = training.method.load_rank_states(checkpoint.load_rank_states(Path(str(folder))))
+    with checkpoint.fitting(folder, "rank-*.pt"):
+        lost = training.method.load_rank_states(checkpoint.load_rank_states(folder))
     return int(meta["step"]), lost
 
 

@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -255,11 +255,16 @@ class Manifest:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(2**20):
-            digest.update(piece)
+    """Hex sha256 of a file."""
+    with path.open("rb", buffering=0) as file:
+        return sha256_of_open(file)
+
+
+def sha256_of_open(file: BinaryIO) -> str:
+    """Hex sha256 of the rest of an open file, read in pieces of 1 MiB."""
+    digest, piece = hashlib.sha256(), memoryview(bytearray(2**20))
+    while count := file.readinto(piece):  # type: ignore[attr-defined]
+        digest.update(piece[:count])
     return digest.hexdigest()
 
 
@@ -375,7 +380,7 @@ def _read(content: bytes, place: object, root: Path) -> Manifest:
             f"{place} is no manifest of version {FORMAT_VERSION} ({error}); restore it, or pack the split again"
         ) from None
     # the first packs had no checksum
-    if manifest.digest != digest or document.get("checksum", _checksum(document)) != _checksum(document):
+    if manifest.digest != digest or ("checksum" in document and document["checksum"] != _checksum(document)):
         raise Damaged(
             f"{place} was changed after packing (its checksum does not match); restore it, or pack the split again"
         )

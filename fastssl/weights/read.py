@@ -19,7 +19,6 @@ import dataclasses
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
+from fastssl.checkpoint_files import is_uncompressed
 from fastssl.config import convert
 from fastssl.nn.encoder import RESNETS, build_encoder
 from fastssl.settings import EncoderConfig
@@ -120,7 +120,9 @@ def _content(path: Path) -> tuple[Mapping[str, Any], EncoderConfig | None]:
         return _safetensors(path)
     if path.suffix == ".pkl":
         raise WeightsError(f"{path} is a pickle, which can run code when read; give the file that it was made from")
-    _refuse_swelling_zip(path)
+    with path.open("rb") as file:
+        if not is_uncompressed(file):
+            raise WeightsError(f"{path} is a compressed zip, as no file of torch.save is; fetch it again")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -152,20 +154,6 @@ def _noted(path: Path, note: str) -> EncoderConfig:
     if not isinstance(document, dict):
         raise WeightsError(f"the note on the encoder in {path} is damaged; fetch it again")
     return convert(EncoderConfig, document, "encoder")
-
-
-def _refuse_swelling_zip(path: Path) -> None:
-    """torch.save never compresses, so what its zip unpacks to is no more than the file; its reader would unpack all."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OverflowError) as error:
-        raise WeightsError(f"{path} is damaged or not a file of torch.save; fetch it again") from error
-    unpacked = sum(member.file_size for member in members)
-    if unpacked > path.stat().st_size or any(member.compress_type != zipfile.ZIP_STORED for member in members):
-        raise WeightsError(f"{path} unpacks to {unpacked} bytes, as no file of torch.save does; fetch it again")
 
 
 def _refused(path: Path, error: str) -> str:

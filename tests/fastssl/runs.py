@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,11 +56,16 @@ def evaluate_on_two_ranks(cases: Mapping[str, Sequence[str]], folder: Path) -> d
 
 
 def state(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the newest checkpoint, by file and name."""
-    folder = checkpoint.find(run_dir)
-    tensors = {}
+    """Every tensor of the newest checkpoint but the ranks' own, by file and name; numbers as tensors."""
+    found = leaves(checkpoint.find(run_dir), ("model.pt", "training.pt"))
+    return {k: v if isinstance(v, torch.Tensor) else torch.tensor(float(v or 0)) for k, v in found.items()}
 
-    def walk(node, path):
+
+def leaves(folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """What the tensor files of a checkpoint folder hold, by file and path in its nested dicts and lists."""
+    found = {}
+
+    def walk(node: Any, path: str) -> None:
         if isinstance(node, dict):
             for key, child in node.items():
                 walk(child, f"{path}.{key}")
@@ -68,11 +73,11 @@ def state(run_dir: Path) -> dict[str, torch.Tensor]:
             for i, child in enumerate(node):
                 walk(child, f"{path}[{i}]")
         else:
-            tensors[path] = node if isinstance(node, torch.Tensor) else torch.tensor(float(node or 0))
+            found[path] = node
 
-    for name in ("model.pt", "training.pt"):
+    for name in names:
         walk(torch.load(folder / name, weights_only=True), name)
-    return tensors
+    return found
 
 
 def assert_same_state(a: Path, b: Path) -> None:

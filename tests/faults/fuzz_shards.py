@@ -15,17 +15,17 @@ import resource
 import sys
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from pipelines.reader import Reader
 from shard_tools.adopt import AdoptOptions, adopt
-from shard_tools.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardError, _checksum, _digest, sha256_of
+from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError, _checksum
 from shard_tools.verify import check, check_info, manifests_below
 from tests.faults.memory import resident_mb
 from tests.faults.mutations import mutated, mutated_tar
+from tests.shard_tools.builders import sign_again
 
 SLOW_S = 1.0  # CPU seconds that one input may take
 
@@ -89,19 +89,7 @@ def sign(split: Path, name: str, content: bytes) -> None:
             return
         (split / name).write_bytes(json.dumps(document, indent=1).encode() + b"\n")
         return
-    manifest = Manifest.load(split)
-    shards = tuple(
-        replace(
-            shard,
-            num_bytes=(split / shard.name).stat().st_size,
-            sha256=sha256_of(split / shard.name),
-            idx_sha256=sha256_of(split / shard.idx_name),
-        )
-        for shard in manifest.shards
-    )
-    signed = replace(manifest, shards=shards, index_sha256=sha256_of(split / INDEX_NAME))
-    assert signed.digest == _digest(signed)
-    (split / MANIFEST_NAME).write_bytes(signed.to_bytes())
+    sign_again(split)
 
 
 def read_everything(split: Path) -> list[str]:

@@ -3,6 +3,11 @@
 from pathlib import Path
 
 
+def forget_peak() -> None:
+    """From here on "VmHWM" is the most that comes, not what has been."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def resident_mb(field: str = "VmRSS") -> float:
     """Megabytes now, or with "VmHWM" the most since this program began.
 

@@ -67,7 +67,7 @@ SAFEGUARDS = [
     ),
     Safeguard(
         "the hash of a checkpoint's file", "fastssl/checkpoint_files.py",
-        (("if sha256(file) != digest:", "if False:"),),
+        (("if sha256_of_open(file) != digest:", "if False:"),),
         (f"{CHECKPOINTS}::test_every_flipped_bit_is_found_and_the_one_before_is_taken",),
     ),
     Safeguard(
@@ -93,7 +93,7 @@ SAFEGUARDS = [
     Safeguard(
         "the source check for what runs code", "fastssl/checkpoint_files.py",
         (("map_location=device, weights_only=True", "map_location=device, weights_only=False"),),
-        ("tests/test_rooms.py::test_no_package_runs_code_from_data",),
+        ("tests/faults/test_source.py::test_no_module_can_run_what_it_reads",),
     ),
     Safeguard(
         "the lock of a run", "fastssl/run_lock.py",

@@ -9,6 +9,7 @@ import torch
 
 from fastssl import checkpoint
 from fastssl.log import read_metrics
+from tests.fastssl.runs import leaves
 from tests.faults import methods
 from tests.faults.lives import Watch, chain, start_torchrun
 from tests.faults.record import times
@@ -101,20 +102,8 @@ def assert_same_run(run_dir, reference, ranks):
 
 def everything(run_dir):
     """All values of the newest checkpoint by file and name: weights, queue, optimiser, scaler, random states."""
-    folder, values = checkpoint.newest(run_dir), {}
-
-    def walk(node, path):
-        if isinstance(node, dict):
-            for key, child in node.items():
-                walk(child, f"{path}.{key}")
-        elif isinstance(node, list | tuple):
-            for i, child in enumerate(node):
-                walk(child, f"{path}[{i}]")
-        else:
-            values[path] = node
-
-    for file in folder.glob("*.pt"):
-        walk(torch.load(file, weights_only=True), file.name)
+    folder = checkpoint.newest(run_dir)
+    values = leaves(folder, (file.name for file in folder.glob("*.pt")))
     assert len(values) > 30
     assert folder.name == f"step-{STEPS:08d}"
     return values

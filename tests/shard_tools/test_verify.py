@@ -17,14 +17,14 @@ import pytest
 
 from shard_tools import index, tar
 from shard_tools.foreign import read_samples
-from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError, sha256_of
+from shard_tools.manifest import Manifest, ShardError, sha256_of
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import files, imagefolder
 from shard_tools.stream import NotPlain, ShardStream
 from shard_tools.verify import check, check_info, manifests_below
 from tests.faults.mutations import mutated_tar
 from tests.faults.record import times
-from tests.shard_tools.builders import class_tree, jpeg, plant
+from tests.shard_tools.builders import class_tree, jpeg, plant, sign_again
 from tests.shards import write_split
 
 
@@ -48,23 +48,6 @@ def dst(good: Path, tmp_path: Path) -> Path:
 
 def faults(dst: Path, full: bool = False) -> list[str]:
     return check(Manifest.load(dst), full=full)
-
-
-def sign_again(dst: Path) -> None:
-    """Make the manifest agree with the files as they are, as if the damage were older than the pack."""
-    manifest = Manifest.load(dst)
-    folder = manifest.root
-    shards = tuple(
-        replace(
-            shard,
-            num_bytes=(folder / shard.name).stat().st_size,
-            sha256=sha256_of(folder / shard.name),
-            idx_sha256=sha256_of(folder / shard.idx_name),
-        )
-        for shard in manifest.shards
-    )
-    signed = replace(manifest, shards=shards, index_sha256=sha256_of(folder / "index.npy"))
-    (folder / MANIFEST_NAME).write_bytes(signed.to_bytes())
 
 
 def test_an_untouched_pack_is_good(good: Path) -> None:

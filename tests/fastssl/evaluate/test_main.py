@@ -47,7 +47,6 @@ def test_the_view_is_that_of_the_runs_own_monitor_where_it_had_one(run_dir, patc
     folder = run_dir / "checkpoints" / f"step-{STEP:08d}"
     meta = checkpoint.load_meta(folder)
     meta["config"]["knn"] |= {"view_size": 20, "view_resize": 21}
-    del meta["step"]
     checkpoint.save(
         run_dir, STEP + 1, nn.ModuleDict({"encoder": checkpoint.load_backbone(folder)[0]}), {}, meta, keep=2
     )
