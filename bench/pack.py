@@ -1,20 +1,23 @@
-"""How fast `shard_tools pack` is, and what share of the time is the decoding that it cannot do without.
+"""How fast `shard_tools pack` and `verify --full` are beside what they cannot do without: decoding, and hashing.
 
     python -m bench.pack PHOTOS --copies 6 --rounds 5 --json bench/results/pack_MACHINE.json
 
 Per round, one after the other and each over the same files from the page cache: Pillow's open and load alone in one
 process and in `--workers`, and a whole pack (start of its processes, shards, hashes, fsync and manifest included) with
-as many. `--copies` repeats the photographs under other names, so that the start of processes does not count for much.
+as many; then what one process pays to verify such shards, beside sha256 and crc32 of their bytes. `--copies` repeats the
+photographs under other names, so that the start of processes does not count for much.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import multiprocessing
 import shutil
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,9 +27,12 @@ from PIL import Image
 
 from fastssl.bench.record import Figure, Record
 from shard_tools.images import Resize
+from shard_tools.manifest import Manifest
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
+from shard_tools.verify import check
 
+_WINDOW_BYTES = 2**19  # hashed at a time
 _DECODE_CHUNK = 16  # files a task, as the packer has it
 
 
@@ -50,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         chosen = ("copies", "workers", "rounds", "shard_size", "short_side")
         words = [f"--{name.replace('_', '-')} {getattr(arguments, name)}" for name in chosen]
         record = Record(
-            what="packing photographs as they are, and Pillow's decoding of the same files alone",
+            what="packing photographs as they are beside decoding alone, verifying them beside hashing alone",
             command=" ".join(["python -m bench.pack PHOTOS", *words]),
             figures=figures,
             settings=settings,
@@ -74,7 +80,12 @@ def measure(tree: Path, arguments: argparse.Namespace) -> tuple[dict[str, Figure
     workers, shard_size, short_side = arguments.workers, arguments.shard_size, arguments.short_side
     paths = [path for path in sorted(tree.rglob("*")) if path.is_file()]
     seconds: dict[str, list[float]] = {}
+    verified: dict[str, list[float]] = {}
+    shards = tree.with_name("shards")
+    pack(imagefolder.open_source(tree, "train"), shards, PackOptions(shard_size, workers=workers))
     for _ in range(arguments.rounds):
+        for name, rate in {"verify_full": verify_rate(shards), "hashes_alone": hash_rate(shards)}.items():
+            verified.setdefault(name, []).append(rate)
         for number in sorted({1, workers}):
             seconds.setdefault(f"decode/{number}", []).append(decode_seconds(paths, number))
             seconds.setdefault(f"pack/{number}", []).append(pack_seconds(tree, PackOptions(shard_size, workers=number)))
@@ -91,6 +102,7 @@ def measure(tree: Path, arguments: argparse.Namespace) -> tuple[dict[str, Figure
         for what in ("decode", "pack"):
             ratio = [many / one / workers for many, one in zip(rates[f"{what}/{workers}"], rates[f"{what}/1"])]
             figures[f"{what}/{workers}_workers/efficiency"] = Figure("x", tuple(ratio))
+    figures |= {f"{name}/cpu_megabytes_per_s": Figure("MB/s", tuple(each)) for name, each in verified.items()}
     megabytes = sum(path.stat().st_size for path in paths) / 1e6
     settings = {"photos": arguments.photos.name, "files": len(paths), "megabytes": round(megabytes, 1)}
     return figures, {**settings, "copies": arguments.copies, "workers": workers, "shard_size": shard_size}
@@ -121,6 +133,31 @@ def pack_seconds(tree: Path, options: PackOptions) -> float:
         began = time.perf_counter()
         pack(imagefolder.open_source(tree, "train"), Path(shards), options)
         return time.perf_counter() - began
+
+
+def verify_rate(shards: Path) -> float:
+    """Megabytes that `verify --full` reads in a second of one process's CPU time."""
+    manifest = Manifest.load(shards)
+    began = time.process_time()
+    faults = check(manifest, full=True)
+    taken = time.process_time() - began
+    assert not faults, faults
+    return sum(shard.num_bytes for shard in manifest.shards) / 1e6 / taken
+
+
+def hash_rate(shards: Path) -> float:
+    """The same of reading, sha256 and crc32 of the same bytes, and nothing else: what no check can do without."""
+    window = memoryview(bytearray(_WINDOW_BYTES))
+    num_bytes = 0
+    began = time.process_time()
+    for path in sorted(shards.rglob("*.tar")):
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(window):
+                num_bytes += count
+                digest.update(window[:count])
+                zlib.crc32(window[:count])
+    return num_bytes / 1e6 / (time.process_time() - began)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ _NUMBER = re.compile(rb"\d{1,20}")
 _REPACK = "re-pack the shard"
 
 
-@dataclass
+@dataclass(slots=True)
 class Sample:
     """The members of one key by extension (lower case); `meta` is the content of .json, {} without one.
 
@@ -119,7 +119,7 @@ def _grouped(path: Path, members: Iterable[Member], note: Note) -> Iterator[Samp
 
 
 def _check_path(path: Path, member: Member) -> None:
-    if member.name.startswith("/") or ".." in member.name.split("/"):
+    if member.name.startswith("/") or (".." in member.name and ".." in member.name.split("/")):
         raise ShardError(f"{path}: the member {member.name!r} points out of its folder; {_REPACK} without it")
 
 

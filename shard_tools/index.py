@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import numpy as np
 
 from shard_tools.manifest import INDEX_DTYPE, Manifest
 from shard_tools.manifest import INFO_NAME as INFO_NAME
+
+_NOT_IN_WORDS = re.compile("[^!-~]")
 
 # One component of a sample: extension without dot, byte offset and size of the payload in the tar, member name.
 Component = tuple[str, int, int, str]
@@ -52,4 +55,4 @@ def info_bytes(folder: Path, manifests: Iterable[Manifest]) -> bytes:
 
 
 def _word(name: str) -> str:
-    return "".join(c if "!" <= c <= "~" else "_" for c in name)
+    return _NOT_IN_WORDS.sub("_", name)

@@ -49,7 +49,7 @@ class ShardStream:
     def _members(self) -> Iterator[Member]:
         """The members of a tar as `tar.members` gives them."""
         place = 0
-        while (block := bytes(self._view(place, BLOCK))).strip(b"\0") or not place:  # zeros or no more: the end
+        while (block := self._view(place, BLOCK).tobytes()).strip(b"\0") or not place:  # zeros or no more: the end
             member = plain_member(block, place)
             if member is None:
                 raise NotPlain
@@ -61,14 +61,15 @@ class ShardStream:
     def _note(self, sample: Sample, extension: str, member: Member, most: int) -> bytes:
         if extension in IMAGES and member.size <= MAX_MEMBER_BYTES:
             sample.crc32[extension] = zlib.crc32(self._view(member.offset, member.size))
-        return bytes(self._view(member.offset, min(member.size, most)))
+        return self._view(member.offset, min(member.size, most)).tobytes() if most else b""
 
     def _view(self, offset: int, size: int) -> memoryview:
         """`size` bytes at `offset`, fewer at the end of the file; none before the last ones asked for."""
-        if offset + size > self._end:
-            self._advance(offset, offset + size)
-        first = offset - self._start
-        return self._window[first : max(first, min(first + size, self._end - self._start))]
+        stop = offset + size
+        if stop > self._end:
+            self._advance(offset, stop)
+            stop = max(offset, min(stop, self._end))
+        return self._window[offset - self._start : stop - self._start]
 
     def _advance(self, offset: int, stop: int) -> bool:
         """Have the bytes from `offset` to `stop` in the window, as far as there are any; whether some were read."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from shard_tools.manifest import ShardError
 
@@ -30,8 +31,7 @@ _DEVICES = re.compile(rb"(?:[0-7]{7}\0|\0{8}){2}")
 _HEADER = struct.Struct("100s 8s 8s 8s 12s 12s 8s c 100s 6s 2s 32s 32s 8s 8s 155s 12x")
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """A regular file in a tar: `offset` and `size` of its payload in bytes."""
 
     name: str
@@ -78,15 +78,20 @@ def plain_member(block: bytes, place: int) -> Member | None:
 
     What is None, `members` judges; what is not, it would give back as the same member.
     """
-    if len(block) != BLOCK or block[156:157] != b"0" or block[257:263] != b"ustar\0" or any(block[345:500]):
+    if len(block) != BLOCK or block[156:157] != b"0" or block[257:263] != b"ustar\0" or block[345:500].strip(b"\0"):
         return None
     numbers = _NUMBERS.fullmatch(block, 100, 156)
     if not numbers or not _DEVICES.fullmatch(block, 329, 345):
         return None
-    if sum(block) - sum(block[148:156]) + 8 * 32 != int(numbers[2], 8):
+    if _sum(block) - sum(block[148:156]) + 8 * 32 != int(numbers[2], 8):
         return None
     name = block[:100].partition(b"\0")[0]
     return Member(name.decode(), place + BLOCK, int(numbers[1], 8)) if name.isascii() else None
+
+
+def _sum(block: bytes) -> int:
+    """Of a block's 512 bytes, ten times as fast as `sum`: adler32's lower half is 1 and the sum of up to 256 bytes."""
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 
 def members(path: Path) -> Iterator[Member]:

@@ -226,7 +226,9 @@ def _shard_faults(rules: _Rules, task: _Task) -> list[str]:
         faults.append(f"{task.path} is not the shard that was packed (its sha256 differs)")
     if isinstance(found, ShardError):
         return [*faults, str(found)]
-    samples = [s for s in found if f"{task.path.name}:{s.image.name}" not in rules.quarantined]
+    samples = found
+    if rules.quarantined:
+        samples = [s for s in found if f"{task.path.name}:{s.image.name}" not in rules.quarantined]
     if len(samples) != len(task.rows):
         return [*faults, f"{task.path} holds {len(samples)} samples, but its index {len(task.rows)}"]
     idx_path = task.path.with_name(task.shard.idx_name)
@@ -274,13 +276,14 @@ class _Row(NamedTuple):
 
 def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: _Row, number: int) -> str:
     """What is wrong with one sample, or ""."""
-    image = sample.image
+    extension = sample.extension
+    image = sample.members[extension]
     if (image.offset, image.size, sample.label) != (row.offset, row.size, row.label):
         return f"has another place, size or label than row {number} of the index"
-    payload = read_payload(path, image) if rules.decode or sample.extension not in sample.crc32 else b""
-    if (zlib.crc32(payload) if payload else sample.crc32.get(sample.extension, 0)) != row.crc32:
+    payload = read_payload(path, image) if rules.decode or extension not in sample.crc32 else b""
+    if (zlib.crc32(payload) if payload else sample.crc32.get(extension, 0)) != row.crc32:
         return "is damaged (its crc32 differs)"
-    if not rules.adopted and (fault := _name_fault(rules, sample, row, number)):
+    if not rules.adopted and (fault := _name_fault(rules, sample, extension, row, number)):
         return fault
     if not rules.decode or number in rules.kept:
         return ""
@@ -299,9 +302,9 @@ def _labels_fault(rules: _Rules, sample: Sample, row: np.ndarray) -> str:
     return "" if sample.meta.get("labels") == expected else "has other labels in its metadata than in labels.npy"
 
 
-def _name_fault(rules: _Rules, sample: Sample, row: _Row, number: int) -> str:
+def _name_fault(rules: _Rules, sample: Sample, extension: str, row: _Row, number: int) -> str:
     """Packed members are called after their row, and carry what the contract says."""
-    extensions = [sample.image.name.rpartition(".")[2], "json", *(["cls"] if rules.labelled else [])]
+    extensions = [extension, "json", *(["cls"] if rules.labelled else [])]
     name = f"{number:09d}."
     if {member.name for member in sample.members.values()} != {name + extension for extension in extensions}:
         return f"is not what row {number} should be called, or has other members"
