@@ -4,8 +4,8 @@
 
 Per round, one after the other and each over the same files from the page cache: Pillow's open and load alone in one
 process and in `--workers`, and a whole pack (start of its processes, shards, hashes, fsync and manifest included) with
-as many; then what one process pays to verify such shards, beside sha256 and crc32 of their bytes. `--copies` repeats the
-photographs under other names, so that the start of processes does not count for much.
+as many; then what one process pays to verify such shards, beside sha256 and crc32 of their bytes. `--copies` repeats
+the photographs under other names, so that the start of processes does not count for much.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ LABELS_NAME = "labels.npy"
 INFO_NAME = "_info.json"
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for a decompression bomb (twice its MAX_IMAGE_PIXELS)
-MAX_MANIFEST_BYTES = 256 * 2**20
+MAX_MANIFEST_BYTES = 64 * 2**20  # of 250,000 shards
 MAX_MEMBER_BYTES = 64 * 2**20  # of one image; a claim above it is a damaged or hostile archive
 MAX_BANDS = 64  # of a stamp
 _MAX_NPY_HEAD = 10 + 2**16
@@ -208,7 +208,10 @@ class Manifest:
         return [*sizes, *_index_faults(self), *_labels_faults(self)]
 
     def to_bytes(self) -> bytes:
-        """What manifest.json holds: the same for the same data, whatever the machine or the day."""
+        """What manifest.json holds: the same for the same data, whatever the machine or the day.
+
+        Raises ShardError for more than `Manifest.load` would read.
+        """
         document = {
             "format": FORMAT,
             "version": FORMAT_VERSION,
@@ -223,7 +226,14 @@ class Manifest:
             "census": self.census,
             "shards": [asdict(shard) for shard in self.shards],
         }
-        return _json({**document, "checksum": _checksum(document)})
+        content = _json({**document, "checksum": _checksum(document)})
+        if len(content) > MAX_MANIFEST_BYTES:
+            raise ShardError(
+                f"the manifest of {self.split!r} would have {len(content)} bytes, more than {MAX_MANIFEST_BYTES},"
+                f" for its {len(self.shards)} shards and {len(self.census.get('bad', []))} bad files; pack larger"
+                " shards (--shard-size N --overwrite), or remove the bad files"
+            )
+        return content
 
     def manifest_faults(self) -> list[str]:
         """What loading manifest.json does not tell: that it is not, byte for byte, what was written."""

@@ -129,6 +129,17 @@ def test_bytes_that_are_no_manifest_are_refused(packed: Path, content: bytes) ->
         Manifest.load(packed)
 
 
+def test_a_manifest_that_nobody_could_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    src = class_tree(tmp_path / "src")
+    monkeypatch.setattr("shard_tools.manifest.MAX_MANIFEST_BYTES", 2000)
+    with pytest.raises(ShardError, match="more than 2000, for its 5 shards and 0 bad files; pack larger shards"):
+        pack(imagefolder.open_source(src, "train"), tmp_path / "dst", PackOptions(shard_size=5))
+    assert not (tmp_path / "dst/train/manifest.json").exists()
+    monkeypatch.undo()
+    pack(imagefolder.open_source(src, "train"), tmp_path / "dst", PackOptions(shard_size=25, overwrite=True))
+    assert Manifest.load(tmp_path / "dst").num_samples == 21
+
+
 def test_five_hundred_mutated_manifests_are_described_or_refused_and_nothing_else(packed: Path) -> None:
     path = packed / "train/manifest.json"
     good = path.read_text()
@@ -154,7 +165,7 @@ def test_five_hundred_mutated_manifests_are_described_or_refused_and_nothing_els
 def test_a_huge_manifest_is_not_read(packed: Path) -> None:
     with (packed / "train/manifest.json").open("r+b") as file:
         file.truncate(2**40)
-    with pytest.raises(ShardError, match="larger than 268435456 bytes"):
+    with pytest.raises(ShardError, match="larger than 67108864 bytes"):
         Manifest.load(packed)
 
 

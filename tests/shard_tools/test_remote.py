@@ -187,6 +187,6 @@ def test_an_index_that_is_not_the_packed_one_is_not_kept(served: FaultyServer, t
 def test_a_manifest_that_is_too_large_is_not_read(served: FaultyServer) -> None:
     with (served.folder / "train/manifest.json").open("r+b") as file:
         file.truncate(2**40)
-    with pytest.raises(ShardError, match="larger than 268435456 bytes"):
+    with pytest.raises(ShardError, match="larger than 67108864 bytes"):
         Manifest.load(served.url)
     assert served.sent["manifest.json"] == 0
