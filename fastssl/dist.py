@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 from collections.abc import Collection
 from typing import Any, TypeVar
@@ -283,15 +284,21 @@ def wrap_method(method: nn.Module) -> nn.Module:
     return method if world() == 1 else _Averaged(method)
 
 
+# Whether buffers follow rank 0 at each forward; torch 2.14 renamed the option, and warns of the older name.
+_DDP_OPTIONS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+_FOLLOW_EACH_STEP = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_OPTIONS else "broadcast_buffers"
+
+
 class _Averaged(nn.Module):
     def __init__(self, method: nn.Module) -> None:
         super().__init__()
+        options: dict[str, Any] = {_FOLLOW_EACH_STEP: False}
         self.ddp = nn.parallel.DistributedDataParallel(
             _LossFirst(method),
             device_ids=_device_ids(method),
-            broadcast_buffers=False,
             gradient_as_bucket_view=True,
             static_graph=True,
+            **options,
         )
 
     def forward(self, *inputs: Any) -> Any:

@@ -28,6 +28,7 @@ from fastssl.losses import feature_std, info_nce
 from fastssl.methods.base import Method, Output, RunFacts, Views, require_roles
 from fastssl.methods.momentum import Encoder, MomentumConfig, MomentumMethod, unit_rows
 from fastssl.nn.conv_autoencoder import ConvDecoder
+from fastssl.nn.sync_batchnorm import sync_batchnorm_
 from fastssl.settings import require
 
 # B images per rank, N channels (bands), S side in px, C width of the code (dim), K queue length
@@ -80,6 +81,8 @@ class MocoDecoder(MomentumMethod):
         super().__init__(backbone, config, facts)
         self.config = config
         self.decoder = config.decoder.build(config.dim)
+        if config.batch_norm == "sync" and dist.world() > 1:
+            sync_batchnorm_(self.decoder)
 
     def forward(self, views: Views, step: int) -> Output:
         (query_view,), (key_view,) = views["query"], views["key"]

@@ -30,7 +30,7 @@ def start(module: str, arguments: list[str], ranks: int = 0, **kwargs) -> subpro
     """`python -m module ...`, or under torchrun with `ranks` processes."""
     torchrun = [f"--nproc-per-node={ranks}", "--standalone", "-m"] if ranks else []
     command = [sys.executable, "-m", *(["torch.distributed.run"] if ranks else []), *torchrun, module, *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore,error:::fastssl.dist"}
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=pipe, text=True, **kwargs)
 

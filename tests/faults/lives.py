@@ -24,7 +24,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ class ForkServer:
         watch = watch or Watch()
         pid = self._ask({
             "module": module, "arguments": list(arguments), "watch": dataclasses.asdict(watch), "ranks": ranks,
-            "out": str(out), "err": str(err), "environment": environment or {}, "port": _free_port(),
+            "out": str(out), "err": str(err), "environment": environment or {}, "port": free_port(),
         })  # fmt: skip
         return _Forked(self, pid, out, err)
 
@@ -226,7 +226,15 @@ def chain(folder: Path, rank: int = 0) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
-def _free_port() -> int:
+def until(condition: Callable[..., Any], *arguments: Any, timeout_s: float = 180) -> None:
+    """Return when `condition(*arguments)` is true; torchrun takes its time on a busy machine."""
+    end = time.monotonic() + timeout_s
+    while not condition(*arguments):
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.02)
+
+
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -40,6 +40,8 @@ class Recorder:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._rows: dict[str, dict[str, Any]] = {}
+        where = {"commit": _commit(), "date": date.today().isoformat(), "machine": _machine(), "full": is_full()}
+        self._where: dict[str, Any] = where
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Iterator[None]:
@@ -50,14 +52,13 @@ class Recorder:
             row["passed"] &= report.outcome == "passed"
             if report.when == "call":
                 row["seen"] += [str(value) for name, value in report.user_properties if name == "seen"]
+            if report.when == "teardown":
+                self._save()  # now, or what ends a run of hours would end its record too
         return report
 
-    def pytest_sessionfinish(self) -> None:
-        if not self._rows:
-            return
+    def _save(self) -> None:
         kept = json.loads(self._path.read_text()) if self._path.is_file() else {}
-        where = {"commit": _commit(), "date": date.today().isoformat(), "machine": _machine(), "full": is_full()}
-        kept |= {test: {**row, **where} for test, row in self._rows.items()}
+        kept |= {test: {**row, **self._where} for test, row in self._rows.items()}
         self._path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import re
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from fastssl.log import read_metrics
 from pipelines.order import order, rows_for_step, windowed_order
 from tests.faults import methods
-from tests.faults.lives import Watch, chain
+from tests.faults.lives import Watch, chain, free_port, start_torchrun, until
 from tests.faults.record import times
 
 STEPS = times(10, 20)
@@ -22,7 +23,7 @@ STEADY = ["method.batch_norm=sync", "method.temperature=1", "encoder.stem=cifar"
 FORMS = {
     "moco_v2": [*STEADY, "optim.lr=0.0003"],
     "clsa_multi": [*STEADY, "method.strong_temperature=1", "optim.lr=0.00001"],  # 30 terms, summed
-    "moco_decoder": ["method.batch_norm=sync", "method.decoder.batch_norm=false"],  # the decoder's own is never synced
+    "moco_decoder": ["method.batch_norm=sync"],  # the decoder's too
     "swav": ["optim.lr=0.003"],  # batch norm is synced by default; a queue of two batches, from step 3
 }
 PLANS = {"1-2": [(4, 1), (STEPS, 2)], "2-1": [(5, 2), (STEPS, 1)], "4-2-4": [(3, 4), (7, 2), (STEPS, 4)]}
@@ -47,10 +48,10 @@ def references(fork_server, data, tmp_path_factory):
     return Made()
 
 
-def live(server, data, form, more, folder, plan):
+def live(server, data, form, more, folder, plan, steps=STEPS):
     """Train until each (step, number of ranks) of the plan in turn; the batches of life i are in folder/i."""
-    for i, (until, ranks) in enumerate(plan):
-        settings = methods.settings(form, data, folder, STEPS, *more, f"run.stop_after={until}steps")
+    for i, (last, ranks) in enumerate(plan):
+        settings = methods.settings(form, data, folder, steps, *more, f"run.stop_after={last}steps")
         life = server.start("fastssl.train", settings, Watch(chain=str(folder / str(i))), ranks=ranks)
         assert life.finish() == 0, life.err
         assert f"{ranks} rank(s)" in life.err
@@ -101,6 +102,42 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     worst = deviation(tmp_path, references[form, more])
     assert worst <= 1e-5
     record_property("seen", f"{form} {plan}: {worst:.0e}")
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.fault(
+    "a second torchrun agent joins a job that runs (--nnodes=1:2)",
+    "the first saves and both go on from there: the same samples with the same views in the same steps",
+    exit_code=0,
+)
+def test_an_agent_joins_a_job_that_runs(fork_server, data, tmp_path, request, record_property):
+    """torch 2.14 lets agents join only where each meeting gets a store of its own."""
+    steps, watch = 800, Watch(chain=str(tmp_path / "0"))
+    meeting = ["--nnodes=1:2", "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-id=joined"]
+    meeting += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "--rdzv-conf=last_call_timeout=2"]
+
+    def agent(name):
+        settings = methods.settings("moco_v2", data, tmp_path / "run", steps, "run.save_every=never")
+        environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        folder = tmp_path / name
+        life = start_torchrun(
+            "fastssl.train", settings, watch, ranks=1, folder=folder, more=meeting, environment=environment
+        )
+        request.addfinalizer(life.kill)
+        return life
+
+    first = agent("first")
+    until(lambda: len(chain(tmp_path / "0")) >= 20)
+    second = agent("second")
+    assert (first.finish(300), second.finish()) == (0, 0), first.err
+    resumed = int(re.search(r"resumed at step (\d+)", first.err)[1])
+    assert 20 <= resumed < steps
+    assert "1 rank(s)" in first.err
+    assert "2 rank(s)" in first.err
+    live(fork_server, data, "moco_v2", [], tmp_path / "whole", [(steps, 1)], steps)
+    assert samples(tmp_path, [(steps, 2)]) == samples(tmp_path / "whole", [(steps, 1)])
+    record_property("seen", f"joined at step {resumed} of {steps}")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from shard_tools import exit_codes
 from tests.fastssl.runs import assert_same_state, settings
 from tests.faults.failing_job import CAUSE
 from tests.faults.failing_runs import MONITORED, collect, fault, run_failing
-from tests.faults.lives import Watch, chain, start_torchrun
+from tests.faults.lives import Watch, chain, start_torchrun, until
 from tests.faults.record import times
 
 pytestmark = pytest.mark.dist
@@ -141,10 +141,3 @@ def has_batches(folder, count):
 
 def are_others(life, workers):
     return len(life.workers) == 2 and not set(life.workers) & set(workers)
-
-
-def until(condition, *arguments):
-    end = time.monotonic() + 180  # torchrun on a busy machine
-    while not condition(*arguments):
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)

@@ -1,19 +1,11 @@
 """The killing itself: a killed job leaves no process, and a job out of the fork server is a job of its own."""
 
 import signal
-import time
 
 import pytest
 
 from tests.fastssl.runs import assert_same_state, finish, settings, start
-from tests.faults.lives import Watch, chain, start_torchrun
-
-
-def until(condition, timeout_s=60):
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.01)
+from tests.faults.lives import Watch, chain, start_torchrun, until
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -11,7 +11,7 @@ from fastssl import checkpoint, run_state
 from shard_tools import exit_codes
 from tests.fastssl.runs import assert_same_state, settings
 from tests.faults.failing_runs import MONITORED, collect, fault, run_failing
-from tests.faults.lives import Watch, start_torchrun
+from tests.faults.lives import Watch, start_torchrun, until
 from tests.faults.record import times
 
 pytestmark = pytest.mark.dist
@@ -107,10 +107,3 @@ def test_a_signal_to_the_agent_saves_and_stops_all(monitored_shards, tmp_path, n
         stopped = collect(folder, exit_codes.STOPPED, life.err)
         assert_saved(stopped)
         record_property("seen", f"{signal.Signals(number).name} in {stage}: {stopped.slowest_s:.1f} s")
-
-
-def until(condition):
-    end = time.monotonic() + 180  # torchrun on a busy machine
-    while not condition():
-        assert time.monotonic() < end, "it took too long"
-        time.sleep(0.02)
