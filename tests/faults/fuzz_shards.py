@@ -1,13 +1,15 @@
 """A process that damages the files of a small split and reads them as every command does.
 
-python -m tests.faults.fuzz_shards FOLDER STATUS FIRST COUNT
+python -m tests.faults.fuzz_shards FOLDER STATUS COUNT EVERY
 
-An input that ends in anything but good bytes or a typed error ends the process with its seed. What was damaged and not
-signed again must be found by verify.
+Each input goes through the code that reads its kind, every EVERYth through all that reads a split. One that ends in
+anything but good bytes or a typed error ends the process with its seed. What was damaged and not signed again must be
+found by verify; and of a tar the fast reading must say what `tarfile` says.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -21,7 +23,9 @@ import numpy as np
 
 from pipelines.reader import Reader
 from shard_tools.adopt import AdoptOptions, adopt
-from shard_tools.manifest import MANIFEST_NAME, Manifest, ShardError, _checksum
+from shard_tools.foreign import Sample, read_samples
+from shard_tools.manifest import INDEX_NAME, MANIFEST_NAME, Manifest, ShardError, _checksum
+from shard_tools.stream import NotPlain, ShardStream
 from shard_tools.verify import check, check_info, manifests_below
 from tests.faults.memory import resident_mb
 from tests.faults.mutations import mutated, mutated_tar
@@ -30,20 +34,22 @@ from tests.shard_tools.builders import sign_again
 SLOW_S = 1.0  # CPU seconds that one input may take
 
 
-def main(folder: Path, first: int, count: int, status: int) -> None:
+def main(folder: Path, count: int, every: int, status: int) -> None:
     split = folder / "train"
     good = {path.name: path.read_bytes() for path in split.iterdir()}
     info = (folder / "_info.json").read_bytes()
     names = sorted(good)
     foreign = folder.with_name("foreign")
     foreign.mkdir()
-    for seed in range(first, first + count):
+    for seed in range(count):
         os.pwrite(status, b"%020d" % seed, 0)
         rng = random.Random(seed)
         started = time.process_time()
         name = rng.choice([*names, "_info.json"])
         try:
-            if name == "_info.json":
+            if seed % every:
+                read_alone(split, name, good, rng)
+            elif name == "_info.json":
                 (folder / name).write_bytes(mutated(info, rng))
                 assert check_info(folder, manifests_below(folder)), "the damage was not found"
                 (folder / name).write_bytes(info)
@@ -52,13 +58,44 @@ def main(folder: Path, first: int, count: int, status: int) -> None:
         except Exception:
             traceback.print_exc()
             sys.exit(f"seed {seed}: {name}")
-        for path in split.iterdir():  # only what was touched is written again
-            if path.name not in good:
-                path.unlink()
-        (split / name).write_bytes(good[name]) if name in good else None
-        (split / MANIFEST_NAME).write_bytes(good[MANIFEST_NAME])
+        if seed % every == 0:
+            for path in split.iterdir():
+                if path.name not in good:
+                    path.unlink()
+            (split / MANIFEST_NAME).write_bytes(good[MANIFEST_NAME])
+        if name in good:
+            (split / name).write_bytes(good[name])
         if time.process_time() - started > SLOW_S:
             sys.exit(f"seed {seed}: {name} took {time.process_time() - started:.1f} s")
+
+
+def read_alone(split: Path, name: str, good: dict[str, bytes], rng: random.Random) -> None:
+    """One damaged file through the code for its kind. The good bytes are written again by the caller."""
+    if not name.endswith(".tar"):
+        if name in good:
+            (split / name).write_bytes(mutated(good[name], rng))
+        try:
+            found = Manifest.load(split).check_quick()
+        except ShardError:
+            return
+        assert found or name != INDEX_NAME, "the damage was not found"
+        return
+    path = split / name
+    path.write_bytes(mutated_tar(good[name], rng))
+    try:
+        with ShardStream(path) as stream:
+            fast: list[Sample] | str = stream.samples()
+    except NotPlain:
+        fast = []
+    except ShardError as error:
+        fast = str(error)
+    try:
+        expected: list[Sample] | str = read_samples(path)
+    except ShardError as error:
+        expected = str(error)
+    if isinstance(fast, list):
+        fast = [dataclasses.replace(sample, crc32={}) for sample in fast]
+    assert fast in ([], expected), f"{fast}\n{expected}"
 
 
 def damage(split: Path, name: str, good: dict[str, bytes], foreign: Path, rng: random.Random) -> None:
