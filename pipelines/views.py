@@ -109,6 +109,11 @@ def normalize(pixels: Tensor, mean: Sequence[float], std: Sequence[float], dtype
     return torch.addcmul(bias, pixels, scale).to(dtype)
 
 
+def as_output(pixels: Tensor, spec: ViewSpec, dtype: torch.dtype) -> Tensor:
+    """A finished view as loaders hand it out: uint8 as it is, any other dtype normalised."""
+    return pixels if dtype == torch.uint8 else normalize(pixels, spec.augment.mean, spec.augment.std, dtype)
+
+
 def _normalize_rows(pixels: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """The same numbers in half the time: a CPU's vectors are longer than the three channels of a pixel."""
     num, channels, height, width = pixels.shape

@@ -23,7 +23,7 @@ from pipelines import strong
 from pipelines.augment import AugmentSpec
 from pipelines.backends import DecodeError, Job, colour, faults_of, pillow, wait_for
 from pipelines.draw import ViewDraws
-from pipelines.views import ViewSpec, flatten, normalize
+from pipelines.views import ViewSpec, as_output, flatten
 
 _TASK_PX = 2**16  # px of a view that a task works on at once: few calls for small images, and arrays that stay in L2
 
@@ -57,14 +57,13 @@ class ExactBackend:
     def collect(self) -> list[Tensor]:
         views, tasks = self._jobs.popleft()
         wait_for(tasks)
-        return [self._finish(view.permute(0, 3, 1, 2), spec) for view, spec in zip(views, self._specs)]
+        return [self._finish(view, spec) for view, spec in zip(views, self._specs)]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, view: Tensor, spec: ViewSpec) -> Tensor:
-        view = view.to(self._device, non_blocking=True)
-        return view if self._dtype == torch.uint8 else normalize(view, spec.augment.mean, spec.augment.std, self._dtype)
+        return as_output(view.permute(0, 3, 1, 2).to(self._device, non_blocking=True), spec, self._dtype)
 
     def _render(self, job: Job, part: slice, pixels: Sequence[Pixels]) -> None:
         """Write all views of the samples `part` into `pixels`, one array (B, S, S, 3) a view."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from pipelines import strong
 from pipelines.backends import DecodeError, Job, faults_of, pillow, wait_for
 from pipelines.native import kernel
-from pipelines.views import ViewSpec, flatten, normalize
+from pipelines.views import ViewSpec, as_output, flatten
 
 _TASK_IMAGES = 4  # of 1 ms each: the calls cost nothing, and no thread waits long at the end of a job
 _MAX_SIDE = 2**16  # px, as much as a JPEG can have; the kernel keeps the weights of a pixel on its stack
@@ -74,14 +74,13 @@ class NativeBackend:
     def collect(self) -> list[Tensor]:
         work, tasks = self._jobs.popleft()
         wait_for(tasks)
-        return [self._finish(view.permute(0, 3, 1, 2), spec) for view, spec in zip(work.pixels, self._specs)]
+        return [self._finish(view, spec) for view, spec in zip(work.pixels, self._specs)]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _finish(self, view: Tensor, spec: ViewSpec) -> Tensor:
-        view = view.to(self._device, non_blocking=True)
-        return view if self._dtype == torch.uint8 else normalize(view, spec.augment.mean, spec.augment.std, self._dtype)
+        return as_output(view.permute(0, 3, 1, 2).to(self._device, non_blocking=True), spec, self._dtype)
 
     def _render(self, work: Work, part: range) -> None:
         self._kernel.render_files(work.files, work.num_bytes, part, work.views, self._scaled, work.done)

@@ -17,7 +17,7 @@ from pipelines.backends.exact import Pixels, apply_chain, apply_strong
 from pipelines.backends.native import Work, strong_numbers
 from pipelines.draw import ViewDraws
 from pipelines.native import kernel
-from pipelines.views import ViewSpec, normalize
+from pipelines.views import ViewSpec, as_output
 
 # px of a view that a task works on at once. In NumPy most operations are for some samples only, so with few images the
 # calls cost more than the pixels; beyond this the arrays leave the cache.
@@ -55,7 +55,7 @@ class ColourOnCpu:
                 else:
                     tasks.append(self._pool.submit(_apply, pixels, spec.augment, draws[place], part))
         wait_for(tasks)
-        return [self._finish(view.permute(0, 3, 1, 2), spec) for view, spec in zip(views, self._specs)]
+        return [as_output(view.permute(0, 3, 1, 2), spec, self._dtype) for view, spec in zip(views, self._specs)]
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -66,9 +66,6 @@ class ColourOnCpu:
         for i in part:
             if self._kernel.render_pixels(pixels[i], i, only) != kernel.DONE:
                 raise MemoryError("no memory for the colour of a view")
-
-    def _finish(self, view: Tensor, spec: ViewSpec) -> Tensor:
-        return view if self._dtype == torch.uint8 else normalize(view, spec.augment.mean, spec.augment.std, self._dtype)
 
 
 def _whole(spec: ViewSpec, draws: ViewDraws) -> ViewDraws:
