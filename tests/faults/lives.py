@@ -79,6 +79,7 @@ class Life:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             self.wait(1)
+        self.wait()  # the last ones may have gone between a look at them and the wait
 
     def finish(self, timeout_s: float = 120) -> int:
         """The exit code; a job that takes longer is killed and fails the test."""
