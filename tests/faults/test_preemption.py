@@ -39,7 +39,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(monitored_shards, tmp_path, fo
         (stage, to), number = MOMENTS[i % len(MOMENTS)], NUMBERS[i % len(NUMBERS)]
         stopped = run_failing(
             fork_server, monitored_shards, tmp_path / str(i), stage, "signal", "run.save_every=4steps",
-            number=number, to=to, step=rng.randrange(10),
+            number=number, to=to, step=rng.randrange(1, 10),
         )  # fmt: skip
         assert stopped.code == exit_codes.STOPPED, stopped.said
         assert stopped.said.count("saved; the same command goes on from there") == 1
@@ -100,7 +100,7 @@ def test_a_signal_to_the_agent_saves_and_stops_all(monitored_shards, tmp_path, n
         life = start_torchrun(
             "tests.faults.failing_job", settings(monitored_shards, folder / "run", *MONITORED, "run.save_every=4steps"),
             Watch(chain=str(folder / "chain")), folder=folder,
-            environment=fault(folder, stage, "signal", number=number, to="agent", step=rng.randrange(10)),
+            environment=fault(folder, stage, "signal", number=number, to="agent", step=rng.randrange(1, 10)),
         )  # fmt: skip
         assert life.finish() in (1, -number), life.err
         until(lambda: not life.processes())  # noqa: B023, called before the next turn
