@@ -43,7 +43,8 @@ def test_a_signal_to_one_rank_saves_and_stops_all(monitored_shards, tmp_path, fo
         )  # fmt: skip
         assert stopped.code == exit_codes.STOPPED, stopped.said
         assert stopped.said.count("saved; the same command goes on from there") == 1
-        assert stopped.said.count("the evaluation after step 6 is left out") == (stage == "evaluation")
+        left_out = stopped.said.count("the evaluation after step 6 is left out")
+        assert left_out == 1 if stage == "evaluation" else left_out <= (stopped.done == 6)
         assert_saved(stopped)
         slowest = max(slowest, stopped.slowest_s)
         if i == 0:
@@ -93,12 +94,12 @@ def test_a_second_signal_ends_at_once(tiny_shards, tmp_path, fork_server, record
     exit_code=75,
 )
 def test_a_signal_to_the_agent_saves_and_stops_all(monitored_shards, tmp_path, number, record_property):
-    rng = random.Random(4)
+    rng, endless = random.Random(4), ("knn.every=6steps", "knn.k=5", "run.save_every=4steps", "run.duration=500steps")
     for i in range(times(1, 10)):
         folder, (stage, _) = tmp_path / str(i), MOMENTS[i % len(MOMENTS)]
         folder.mkdir()
         life = start_torchrun(
-            "tests.faults.failing_job", settings(monitored_shards, folder / "run", *MONITORED, "run.save_every=4steps"),
+            "tests.faults.failing_job", settings(monitored_shards, folder / "run", *endless),
             Watch(chain=str(folder / "chain")), folder=folder,
             environment=fault(folder, stage, "signal", number=number, to="agent", step=rng.randrange(1, 10)),
         )  # fmt: skip
