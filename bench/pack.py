@@ -10,6 +10,7 @@ counts as much as a few hundred images do.
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import shutil
 import sys
@@ -72,6 +73,8 @@ def measure_verify(tree: Path, shards: Path, rounds: int) -> dict[str, Figure]:
     pack(imagefolder.open_source(tree, "train"), shards, PackOptions(workers=2))
     manifest = Manifest.load(shards)
     hash_shards(manifest)  # brings them into the page cache
+    gc.collect()
+    gc.freeze()  # torch's objects, which this process has and `shard_tools verify` has not
     megabytes = sum(shard.num_bytes for shard in manifest.shards) / 1e6
     rates: dict[str, list[float]] = {}
     for _ in range(rounds):
