@@ -488,7 +488,7 @@ def _finish(
         index_sha256=hashlib.sha256(npy).hexdigest(),
         labels_sha256=hashlib.sha256(labels).hexdigest() if labels else "",
     )
-    content = manifest.to_bytes()
+    document = manifest.to_bytes()  # first, as it may be refused
     disk.write_file(folder / INDEX_NAME, npy)
     if labels:
         disk.write_file(folder / LABELS_NAME, labels)
@@ -499,7 +499,7 @@ def _finish(
         disk.write_file(folder / name, content)
     with disk.locked(dst, wait=True):  # or two splits packed at once would each leave the other out of _info.json
         write_info(dst, manifest)
-        disk.write_file(folder / MANIFEST_NAME, content)
+        disk.write_file(folder / MANIFEST_NAME, document)
     journal.remove()
     return manifest
 
