@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--copies", type=int, default=64)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--scratch", type=Path, help="folder for the copies and the shards (default: the system's)")
+    parser.add_argument("--scratch", type=Path, help="folder for the copies (default: the system's)")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
