@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from shard_tools import checksum
 from shard_tools.cache import OtherBytes, ShardCache
 from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.remote import RemoteFolder
@@ -109,7 +109,7 @@ class Reader:
     def _checked(self, row: int, payload: bytes, size: int, crc32: int) -> bytes | ShardError:
         if len(payload) != size:
             return self._fault(row, f"ends after {len(payload)} of {size} bytes, the shard was cut")
-        if zlib.crc32(payload) != crc32:
+        if checksum.crc32(payload) != crc32:
             return self._fault(row, "has other bytes than were packed (its crc32 differs)")
         return payload
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from shard_tools import disk, index, progress
+from shard_tools import checksum, disk, index, progress
 from shard_tools.census import Census, printable, size_quantiles
 from shard_tools.foreign import Sample, check_size, numbered_classes, read_payload, read_samples
 from shard_tools.images import BadImage, inspect
@@ -137,7 +136,7 @@ def _scan(on_bad: str, numbered: tuple[int, Path]) -> _Scanned:
             continue
         census.add(name, facts, reencoded=False)
         image = sample.image
-        row = (number, image.offset, image.size, sample.label, zlib.crc32(payload), facts.width, facts.height)
+        row = (number, image.offset, image.size, sample.label, checksum.crc32(payload), facts.width, facts.height)
         rows.append(row)
         lines.append(idx_line(sample))
     idx = index.idx_bytes(lines)

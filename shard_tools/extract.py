@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from shard_tools import disk
+from shard_tools import checksum, disk
 from shard_tools.foreign import read_payload
 from shard_tools.images import BadImage, inspect
 from shard_tools.manifest import Damaged, Manifest, ShardError
@@ -38,7 +37,7 @@ def read_image(manifest: Manifest, rows: np.ndarray, row: int) -> bytes:
     entry = rows[row]
     place = Member("", int(entry["offset"]), int(entry["size"]))
     payload = read_payload(manifest.shard_path(int(entry["shard"])), place)
-    if zlib.crc32(payload) != entry["crc32"]:
+    if checksum.crc32(payload) != entry["crc32"]:
         raise Damaged(f"{manifest.member_name(row)} is damaged (its crc32 differs); restore the shard")
     return payload
 

@@ -12,14 +12,13 @@ import contextlib
 import hashlib
 import os
 import uuid
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from shard_tools import disk, index, tar
+from shard_tools import checksum, disk, index, tar
 from shard_tools.census import Census
 from shard_tools.images import Facts, Prepared
 from shard_tools.journal import Entry
@@ -128,7 +127,7 @@ class PieceWriter:
         for extension, payload in parts:
             self._tar.write(tar.member(f"{self._row:09d}.{extension}", payload))
         sizes = tuple((extension, len(payload)) for extension, payload in parts)
-        sample = Sample(label, image.facts, image.original, zlib.crc32(image.payload), sizes)
+        sample = Sample(label, image.facts, image.original, checksum.crc32(image.payload), sizes)
         self._outcomes.append(Rejected(reason, sample) if reason else sample)
         self._row += 1
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import io
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
+from shard_tools import checksum
 from shard_tools.foreign import IMAGES, Sample, samples_of
 from shard_tools.manifest import MAX_MEMBER_BYTES
 from shard_tools.tar import BLOCK, Member, plain_member
@@ -60,7 +60,7 @@ class ShardStream:
 
     def _note(self, sample: Sample, extension: str, member: Member, most: int) -> bytes:
         if extension in IMAGES and member.size <= MAX_MEMBER_BYTES:
-            sample.crc32[extension] = zlib.crc32(self._view(member.offset, member.size))
+            sample.crc32[extension] = checksum.crc32(self._view(member.offset, member.size))
         return self._view(member.offset, min(member.size, most)).tobytes() if most else b""
 
     def _view(self, offset: int, size: int) -> memoryview:

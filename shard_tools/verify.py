@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -13,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from shard_tools import disk, index, progress
+from shard_tools import checksum, disk, index, progress
 from shard_tools.adopt import KIND as ADOPTED
 from shard_tools.adopt import idx_line
 from shard_tools.cache import OtherBytes, ShardCache, fetch_file
@@ -281,7 +280,7 @@ def _sample_fault(rules: _Rules, path: Path, sample: Sample, row: _Row, number: 
     if (image.offset, image.size, sample.label) != (row.offset, row.size, row.label):
         return f"has another place, size or label than row {number} of the index"
     payload = read_payload(path, image) if rules.decode or extension not in sample.crc32 else b""
-    if (zlib.crc32(payload) if payload else sample.crc32.get(extension, 0)) != row.crc32:
+    if (checksum.crc32(payload) if payload else sample.crc32.get(extension, 0)) != row.crc32:
         return "is damaged (its crc32 differs)"
     if not rules.adopted and (fault := _name_fault(rules, sample, extension, row, number)):
         return fault

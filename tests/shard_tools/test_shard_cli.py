@@ -240,6 +240,7 @@ def test_a_terminal_sees_images_and_megabytes_a_second(src: Path, tmp_path: Path
 
 # What a module imports where it is asked for, and does without where it is not.
 _AT_WILL = {
+    "checksum.py": {"isal"},
     "progress.py": {"rich"},
     "galaxies.py": {"galsim", "h5py"},
     "hdf5.py": {"h5py"},
