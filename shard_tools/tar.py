@@ -10,6 +10,7 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,7 @@ _RECORDS = (*_LONG_NAMES, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDT
 # Python before 3.11.10 takes the square of a run of digits to look for a pax header's encoding (CVE-2024-6232).
 _LONG_NUMBER = re.compile(rb"\d{1024}")
 
+_REST = 156  # where a header's numbers end: type, link, owner and prefix follow
 # mode, uid, gid, size, mtime, checksum
 _NUMBERS = re.compile(rb"(?:[0-7]{7}\0){3}([0-7]{11})[\0 ][0-7]{11}[\0 ]([0-7]{6})\0 ")
 _DEVICES = re.compile(rb"(?:[0-7]{7}\0|\0{8}){2}")
@@ -78,20 +80,26 @@ def plain_member(block: bytes, place: int) -> Member | None:
 
     What is None, `members` judges; what is not, it would give back as the same member.
     """
-    if len(block) != BLOCK or block[156:157] != b"0" or block[257:263] != b"ustar\0" or block[345:500].strip(b"\0"):
+    if len(block) != BLOCK or (rest := _sum_of_rest(block[_REST:])) is None:
         return None
-    numbers = _NUMBERS.fullmatch(block, 100, 156)
-    if not numbers or not _DEVICES.fullmatch(block, 329, 345):
-        return None
-    if _sum(block) - sum(block[148:156]) + 8 * 32 != int(numbers[2], 8):
+    numbers = _NUMBERS.fullmatch(block, 100, _REST)
+    if not numbers or _sum(block[:148]) + 8 * 32 + rest != int(numbers[2], 8):
         return None
     name = block[:100].partition(b"\0")[0]
     return Member(name.decode(), place + BLOCK, int(numbers[1], 8)) if name.isascii() else None
 
 
+@lru_cache(maxsize=16)
+def _sum_of_rest(rest: bytes) -> int | None:
+    """Of a plain header's bytes behind its numbers, which all members of a shard share; None where it is not plain."""
+    if rest[:1] != b"0" or rest[101:107] != b"ustar\0" or rest[189:344].strip(b"\0"):
+        return None
+    return sum(rest) if _DEVICES.fullmatch(rest, 173, 189) else None
+
+
 def _sum(block: bytes) -> int:
-    """Of a block's 512 bytes, ten times as fast as `sum`: adler32's lower half is 1 and the sum of up to 256 bytes."""
-    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
+    """Of up to 256 bytes, ten times as fast as `sum`: adler32's lower half is 1 and their sum."""
+    return (zlib.adler32(block) & 0xFFFF) - 1
 
 
 def members(path: Path) -> Iterator[Member]:
