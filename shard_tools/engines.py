@@ -43,15 +43,32 @@ class Engine(Protocol):
 
 
 class Here:
-    """One task at a time in this process."""
+    """One task at a time in this process; the disk is waited for beside it."""
 
     width = 1
     is_remote = False
 
+    def __init__(self, threads: ThreadPoolExecutor):
+        self._threads = threads
+
     def in_order(
         self, work: Callable[[T], R], tasks: Iterable[T], idle: Callable[[T], bool] | None = None
     ) -> Generator[R, None, None]:
-        yield from map(work, tasks)
+        if idle is None:
+            yield from map(work, tasks)
+            return
+        waits = idle
+
+        def submit(task: T) -> Future[R]:
+            return self._threads.submit(work, task) if waits(task) else _done(work(task))
+
+        yield from ahead(submit, tasks, _AHEAD)
+
+
+def _done(result: R) -> Future[R]:
+    future: Future[R] = Future()
+    future.set_result(result)
+    return future
 
 
 class Processes:
@@ -78,11 +95,12 @@ class Processes:
 @contextmanager
 def local(workers: int) -> Iterator[Engine]:
     """`workers` processes, or this one if 1."""
-    if workers == 1:
-        yield Here()
-        return
-    with process_pool(workers) as pool, ThreadPoolExecutor(_FLUSHING_THREADS) as threads:
-        yield Processes(pool, threads, workers)
+    with ThreadPoolExecutor(_FLUSHING_THREADS) as threads:
+        if workers == 1:
+            yield Here(threads)
+            return
+        with process_pool(workers) as pool:
+            yield Processes(pool, threads, workers)
 
 
 def on_cluster(scheduler: str) -> AbstractContextManager[Engine]:

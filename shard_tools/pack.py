@@ -37,7 +37,7 @@ from shard_tools.sources import Item, Source
 QUARANTINE_NAME = "quarantine.txt"
 _OVERHEAD_BYTES = 4 * tar.BLOCK + 256  # of a sample beyond its image: headers, label, metadata, index; for estimates
 _LEAST_TASK = 16  # images: fewer are not worth a task's cost
-_TASKS_PER_WORKER = 4  # so that the last of them leaves few workers idle
+_TASKS_PER_WORKER = 2  # of what is left when a shard for each worker is not
 
 
 @dataclass(frozen=True)
@@ -308,14 +308,14 @@ class _Stream:
         self._pieces: deque[tuple[int, Path]] = deque()  # position behind the piece's last item, its file
 
     def tasks(self, width: int) -> Iterator[_Task]:
-        """Runs of items, each a shard where no file is bad; a part of one where so few are left that workers idle."""
+        """Runs of items, each a shard where no file is bad; towards the end smaller ones, so that few workers idle."""
         size, num_items = self._options.shard_size, len(self._rest)
-        most = size
-        if width > 1 and num_items < _TASKS_PER_WORKER * width * size:
-            most = min(size, max(_LEAST_TASK, -(-num_items // (_TASKS_PER_WORKER * width))))
         given = 0
         while given < num_items:
             row = self._cutter.num_rows + given - self._done  # if all the files under way are good
+            most = size
+            if width > 1 and num_items - given < width * size:
+                most = min(size, max(_LEAST_TASK, (num_items - given) // (_TASKS_PER_WORKER * width)))
             count = min(most, size - row % size)
             yield _Task(self._rest[given : given + count], row, hashed=most == size)
             given += count

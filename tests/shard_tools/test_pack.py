@@ -7,6 +7,7 @@ import json
 import os
 import tarfile
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def from_memory(contents: dict[str, bytes]) -> Source:
     """A source that lives in this process."""
     items = [Item(name, -1, len(data)) for name, data in sorted(contents.items())]
     return Source("files", "train", items, None, lambda item: contents[item.name])
+
+
+class TwoWide:
+    """An engine that says it runs two tasks at once, and notes of how many images each piece is made."""
+
+    width = 2
+    is_remote = False
+
+    def __init__(self) -> None:
+        self.pieces: list[int] = []
+
+    def in_order(self, work: Any, tasks: Any, idle: Any = None) -> Any:
+        for task in tasks:
+            if idle is None:
+                self.pieces.append(len(task.items))
+            yield work(task)
 
 
 def test_hostile_file_names_come_back_from_the_metadata_and_never_as_member_names(tmp_path: Path) -> None:
@@ -108,6 +125,15 @@ def test_pack_then_read_returns_the_same_bytes_for_any_name_and_size(
         assert all(shard.num_samples <= shard_size for shard in manifest.shards)
         if shard_bytes:
             assert all(shard.num_bytes <= shard_bytes or shard.num_samples == 1 for shard in manifest.shards)
+
+
+def test_a_piece_is_a_shard_until_there_is_not_one_left_for_each_worker(tmp_path: Path) -> None:
+    source = from_memory({f"{number:03d}.jpg": jpeg(number, (8, 8)) for number in range(200)})
+    one = pack(source, tmp_path / "one", PackOptions(shard_size=40))
+    engine = TwoWide()
+    two = pack(source, tmp_path / "two", PackOptions(shard_size=40), nullcontext(engine))
+    assert engine.pieces == [40, 40, 40, 40, 16, 16, 8]
+    assert hashes(one.manifest.root) == hashes(two.manifest.root)
 
 
 def test_the_same_input_gives_the_same_bytes_with_one_and_two_workers_and_from_another_place(tmp_path: Path) -> None:
