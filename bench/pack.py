@@ -16,12 +16,12 @@ import shutil
 import sys
 import tempfile
 import time
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from fastssl.bench.packing import measure_pack
 from fastssl.bench.record import Figure, Record
+from shard_tools import checksum
 from shard_tools.manifest import Manifest
 from shard_tools.pack import PackOptions, pack
 from shard_tools.sources import imagefolder
@@ -98,7 +98,7 @@ def hash_shards(manifest: Manifest) -> None:
         with (manifest.root / shard.name).open("rb", buffering=0) as file:
             while count := file.readinto(window):
                 digest.update(window[:count])
-                zlib.crc32(window[:count])
+                checksum.crc32(window[:count])
 
 
 if __name__ == "__main__":
