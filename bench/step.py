@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.resnet import ResNet, resnet18, resnet50
 
 from bench.peers.published_moco_step import PublishedMocoStep
@@ -68,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     batches = _batches(cfg, arguments.rounds + 1)
     contestants = {"published": published(cfg, lr), **{name: ours(c, lr) for name, c in configs.items()}}
     seconds, losses = interleaved(contestants, batches)
-    figures = _figures(arguments.method, seconds, losses) | arithmetic_rates(arguments.rounds)
+    rates = arithmetic_rates(arguments.rounds)
+    bounds = arithmetic_bound(published(cfg, lr), batches[0], seconds["published"], rates["matmul/bfloat16"])
+    figures = _figures(arguments.method, seconds, losses) | rates
+    figures |= {f"{arguments.method}/arithmetic/{name}": figure for name, figure in bounds.items()}
     record = Record(
         what="one optimiser step in its published form and in ours, from the same weights on the same views",
         command=shlex.join(["python", "-m", "bench.step", *("SHARDS" if a == arguments.data else a for a in given)]),
@@ -123,6 +127,22 @@ def arithmetic_rates(rounds: int, side: int = 3072) -> dict[str, Figure]:
     figures = {f"matmul/{str(d).removeprefix('torch.')}": Figure("GFLOP/s", tuple(v)) for d, v in rates.items()}
     ratios = tuple(half / full for full, half in zip(*rates.values()))
     return {**figures, "matmul/bfloat16_over_float32": Figure("x", ratios)}
+
+
+def arithmetic_bound(form: Form, batch: Batch, seconds: Sequence[float], rate: Figure) -> dict[str, Figure]:
+    """A step's convolutions and matrix products, and what they leave to gain if all else cost nothing.
+
+    seconds     of the step as published; rate in GFLOP/s
+    """
+    views = form.prepare(batch)
+    with FlopCounterMode(display=False) as counter:
+        form.step(views, 0)
+    gflop = counter.get_total_flops() / 1e9
+    return {
+        "gflop": Figure("GFLOP", (gflop,)),
+        "step_s": Figure("s", tuple(gflop / each for each in rate.rounds)),
+        "faster_than_published": Figure("x", tuple(slow * each / gflop for slow, each in zip(seconds, rate.rounds))),
+    }
 
 
 def ours(cfg: Config, lr: float) -> Form:
