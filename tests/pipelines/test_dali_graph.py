@@ -1,6 +1,6 @@
 """The GPU form of the DALI graph, on machines without a GPU: it is built, serialized and checked, but never run.
 
-This is the only file that touches DALI's private API (`_build_graph`, `_ops`, `_op`, `spec`, `_graph_outputs`).
+This is the only file that touches DALI's private API (`_build_graph`, `_ops`, `_op`, `_init_args`, `_graph_outputs`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("nvidia.dali")
 from nvidia.dali import backend as registry
+from nvidia.dali import types
 
 from pipelines.backends.dali import graph
 from pipelines.views import num_views
@@ -71,3 +72,11 @@ def test_a_view_is_two_operators_and_an_image_is_decoded_once(recipe: str) -> No
     cut = 0 if recipe == "center" else views
     assert made.pop("ExternalSource") == 1 + 2 * views + 3 * cut
     assert made == Counter(decoders__Image=1, Resize=views, MultiPaste=cut)
+
+
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_the_decoder_is_asked_for_pillows_pixels(device: str) -> None:
+    """On a GPU chroma is repeated unless it is asked for libjpeg's interpolation; a CPU interpolates in any case."""
+    (decoder,) = (op._op for op in build("small", device)._ops if op._op.schema.Name() == "decoders__Image")
+    asked = {name: decoder._init_args[name] for name in ("output_type", "adjust_orientation", "jpeg_fancy_upsampling")}
+    assert asked == {"output_type": types.RGB, "adjust_orientation": False, "jpeg_fancy_upsampling": True}
