@@ -62,7 +62,7 @@ class Here:
         def submit(task: T) -> Future[R]:
             return self._threads.submit(work, task) if waits(task) else _done(work(task))
 
-        yield from ahead(submit, tasks, _AHEAD)
+        yield from ahead(submit, tasks, _AHEAD, keep=True)
 
 
 def _done(result: R) -> Future[R]:
@@ -116,8 +116,11 @@ def on_cluster(scheduler: str) -> AbstractContextManager[Engine]:
     return cluster(scheduler)
 
 
-def ahead(submit: Callable[[T], Any], tasks: Iterable[T], most: int) -> Generator[Any, None, None]:
-    """Results in the order of `tasks`, of which fewer than `most` are under way; `submit` returns a future."""
+def ahead(submit: Callable[[T], Any], tasks: Iterable[T], most: int, keep: bool = False) -> Generator[Any, None, None]:
+    """Results in the order of `tasks`, of which fewer than `most` are under way; `submit` returns a future.
+
+    keep    give the results of what is under way also where `tasks` raises, before its error
+    """
     pending: deque[Any] = deque()
     try:
         for task in tasks:
@@ -126,6 +129,12 @@ def ahead(submit: Callable[[T], Any], tasks: Iterable[T], most: int) -> Generato
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+    except GeneratorExit:
+        raise
+    except BaseException:
+        while keep and pending:
+            yield pending.popleft().result()
+        raise
     finally:
         for future in pending:
             future.cancel()

@@ -13,15 +13,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shard_tools import disk
+from shard_tools.foreign import read_samples
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
-from shard_tools.sources import imagefolder
+from shard_tools.sources import Item, Source, imagefolder
 from shard_tools.verify import check
 from tests.faults.record import times
 from tests.shard_tools import struck
@@ -164,15 +166,15 @@ def test_kill_9_at_random_moments_converges_to_the_same_bytes(
     source_tree: Path, whole: dict[str, str], tmp_path: Path, record_property
 ) -> None:
     moment, kills, finished, count = random.Random(5), 0, 0, times(4, 100)
-    pack_again(source_tree, tmp_path / "timed")  # starts the fork server
-    started = time.monotonic()
-    pack_again(source_tree, tmp_path / "again")
-    takes_s = time.monotonic() - started
+    pack_again(source_tree, tmp_path / "first")  # starts the fork server
+    # The least of several: of moments within a slow one most would come after the end of the others.
+    takes_s = {w: min(timed(source_tree, tmp_path / f"{w}-{i}", w) for i in range(3)) for w in (1, 2)}
     dst = tmp_path / "dst"
     while kills < count:
         workers = 2 if kills % 4 == 3 else 1
         child = struck.start(words_of(source_tree, dst, workers))
-        child.join(moment.uniform(0, takes_s) + (0.7 if workers == 2 else 0))
+        least_s = takes_s[2] / 2 if workers == 2 else 0.0  # before that the workers only start
+        child.join(moment.uniform(least_s, takes_s[workers]))
         if child.exitcode is None:
             child.kill()
             child.join()
@@ -187,6 +189,14 @@ def test_kill_9_at_random_moments_converges_to_the_same_bytes(
     pack_again(source_tree, dst)
     assert hashes(dst) == whole
     record_property("seen", f"{kills} kills, {finished + 1} packs finished between them, all with the same bytes")
+
+
+def timed(src: Path, dst: Path, workers: int) -> float:
+    started = time.monotonic()
+    child = struck.start(words_of(src, dst, workers))
+    child.join()
+    assert child.exitcode == 0
+    return time.monotonic() - started
 
 
 def test_workers_end_when_their_parent_is_killed(source_tree: Path, tmp_path: Path) -> None:
@@ -218,6 +228,31 @@ def test_a_lost_shard_of_an_interrupted_pack_is_written_again(
     (tmp_path / "train/train-000001.tar").unlink()
     assert "continued behind 1 complete shard;" not in run(source_tree, tmp_path).stdout
     assert hashes(tmp_path) == whole
+
+
+def test_a_bad_file_ends_a_pack_but_costs_no_shard_that_was_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {f"{number:02d}.jpg": jpeg(number) for number in range(12)}
+    items = [Item(name, -1, len(data)) for name, data in files.items()]
+    source = Source("files", "train", items, None, lambda item: files[item.name])
+    whole = pack(source, tmp_path / "whole", PackOptions(shard_size=4)).manifest
+    last = read_samples(whole.shard_path(2))[-1].meta["name"]
+    good, files[last] = files[last], bytes(len(files[last]))
+    monkeypatch.setattr(disk, "sync_file", slowly(disk.sync_file))  # or the shards would be there in any case
+    with pytest.raises(ShardError, match="is no good image"):
+        pack(source, tmp_path / "cut", PackOptions(shard_size=4))
+    files[last] = good
+    assert pack(source, tmp_path / "cut", PackOptions(shard_size=4)).num_shards_kept == 2
+    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+
+
+def slowly(work: Callable[..., None]) -> Callable[..., None]:
+    def after_a_while(*arguments: object) -> None:
+        time.sleep(0.2)
+        work(*arguments)
+
+    return after_a_while
 
 
 @pytest.mark.parametrize("torn", [1, 40])
