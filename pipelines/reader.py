@@ -18,8 +18,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from shard_tools import checksum
 from shard_tools.cache import OtherBytes, ShardCache
+from shard_tools.checksum import crc32
 from shard_tools.manifest import Damaged, Manifest, ShardError
 from shard_tools.remote import RemoteFolder
 
@@ -84,7 +84,7 @@ class Reader:
         fields = (entries[name].tolist() for name in ("shard", "offset", "size", "crc32"))
         return [self._read_one(*entry) for entry in zip(rows.tolist(), *fields)]
 
-    def _read_one(self, row: int, shard: int, offset: int, size: int, crc32: int) -> bytes | ShardError:
+    def _read_one(self, row: int, shard: int, offset: int, size: int, checksum: int) -> bytes | ShardError:
         try:
             with self._shards.opened(shard) as descriptor:
                 payload = _read_exactly(descriptor, size, offset)
@@ -92,7 +92,7 @@ class Reader:
             return self._fault(row, f"cannot be read ({error.strerror})")
         except OtherBytes as error:
             return self._fault(row, f"cannot be read ({error})")
-        return self._checked(row, payload, size, crc32)
+        return self._checked(row, payload, size, checksum)
 
     def _read_stretch(self, folder: RemoteFolder, rows: npt.NDArray[np.int64]) -> list[bytes | ShardError]:
         """One request for samples that follow each other in a shard."""
@@ -102,14 +102,14 @@ class Reader:
         content = (folder / name).read(first, last - first, self._stopping)
         fields = (entries[name].tolist() for name in ("offset", "size", "crc32"))
         return [
-            self._checked(row, content[offset - first : offset - first + size], size, crc32)
-            for row, offset, size, crc32 in zip(rows.tolist(), *fields)
+            self._checked(row, content[offset - first : offset - first + size], size, checksum)
+            for row, offset, size, checksum in zip(rows.tolist(), *fields)
         ]
 
-    def _checked(self, row: int, payload: bytes, size: int, crc32: int) -> bytes | ShardError:
+    def _checked(self, row: int, payload: bytes, size: int, checksum: int) -> bytes | ShardError:
         if len(payload) != size:
             return self._fault(row, f"ends after {len(payload)} of {size} bytes, the shard was cut")
-        if checksum.crc32(payload) != crc32:
+        if crc32(payload) != checksum:
             return self._fault(row, "has other bytes than were packed (its crc32 differs)")
         return payload
 
