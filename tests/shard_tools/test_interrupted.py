@@ -115,8 +115,8 @@ def words_of(src: Path, dst: Path, workers: int = 1) -> list[str]:
     return ["pack", "imagefolder", str(src), str(dst), *ARGS, "--workers", str(workers)]
 
 
-def pack_again(src: Path, dst: Path) -> None:
-    again = struck.start(words_of(src, dst))
+def pack_again(src: Path, dst: Path, workers: int = 1) -> None:
+    again = struck.start(words_of(src, dst, workers))
     again.join()
     assert again.exitcode == 0
 
@@ -193,9 +193,7 @@ def test_kill_9_at_random_moments_converges_to_the_same_bytes(
 
 def timed(src: Path, dst: Path, workers: int) -> float:
     started = time.monotonic()
-    child = struck.start(words_of(src, dst, workers))
-    child.join()
-    assert child.exitcode == 0
+    pack_again(src, dst, workers)
     return time.monotonic() - started
 
 
