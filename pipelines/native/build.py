@@ -23,8 +23,8 @@ FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
          "-fno-trapping-math", "-fno-signed-zeros", "-ffinite-math-only", "-Wall", "-Wextra")  # fmt: skip
 INSTRUCTIONS = {
     "plain": (),
-    "avx2": ("-mavx2", "-mfma"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma", "-mbmi2"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mbmi2", "-mprefer-vector-width=512"),
 }
 
 
@@ -52,12 +52,15 @@ def build(library: Path = LIBRARY, extra_flags: Sequence[str] = ()) -> None:
             objects.append(f"{folder}/{name}.o")
             _run([compiler, *flags, *more, "-c", str(HERE / source), "-o", objects[-1]])
 
-        for source in ("kernel", "decode"):
+        for source in ("kernel", "libjpeg"):
             compile_one(f"{source}.c", source)
         for name, options in INSTRUCTIONS.items():
             if x86 or not options:
                 for source in ("views", "strong"):
                     compile_one(f"{source}.c", f"{source}-{name}", f"-DFOR={name}", *options)
+        if x86:
+            compile_one("baseline.c", "baseline")
+            compile_one("scan.c", "scan", *INSTRUCTIONS["avx2"])
         _run([compiler, "-shared", *extra_flags, *objects, "-lm", "-o", f"{folder}/libviews.so"])
         os.replace(f"{folder}/libviews.so", library)
 

@@ -1,4 +1,4 @@
-/* Views of photographs as bytes: what kernel.c, decode.c and views.c share, and what native/__init__.py mirrors. */
+/* Views of photographs as bytes: what the sources share, and what native/kernel.py mirrors. */
 #ifndef FASTSSL_KERNEL_H
 #define FASTSSL_KERNEL_H
 
@@ -41,15 +41,32 @@ typedef struct {
     void *std_error, *create, *memory_source, *read_header, *start, *read_raw, *abort, *destroy;
 } libjpeg_t;
 
-typedef struct decoder decoder_t;
-typedef struct scratch scratch_t;
+typedef struct { /* memory of one thread, which grows to what its largest image needs */
+    void *block;
+    size_t num_bytes;
+} scratch_t;
+void *reserve(scratch_t *scratch, size_t num_bytes);
+void give_back(scratch_t *scratch); /* what only a very large image needed */
 
-/* decode.c */
+/* The part of an image that its views show, in px of the whole image. */
+typedef struct {
+    int top, left, bottom, right;
+} window_t;
+
+/* The planes of a JPEG file; they last until the next call, and need not be right outside of the window. Both return DONE,
+   NOT_FOR_US or NO_MEMORY. */
+
+/* baseline.c: ordinary files without faults, on processors with AVX2 */
+typedef struct baseline baseline_t;
+baseline_t *new_baseline(void);
+void free_baseline(baseline_t *baseline);
+int decode_baseline(baseline_t *baseline, const uint8_t *file, size_t num_bytes, const window_t *window, image_t *image);
+
+/* libjpeg.c: all others. `may_shrink`: the largest of 1, 2, 4, 8 by which the image may be scaled down meanwhile */
+typedef struct decoder decoder_t;
 decoder_t *new_decoder(const libjpeg_t *library);
 void free_decoder(decoder_t *decoder);
-/* The planes of a JPEG; they last until the next call. Rows below `last_row` may be left out. `may_shrink`: the largest of
-   1, 2, 4, 8 by which the image may be scaled down while it is decoded. Returns DONE, NOT_FOR_US or NO_MEMORY. */
-int decode(decoder_t *decoder, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image);
+int decode_by_libjpeg(decoder_t *decoder, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image);
 
 /* The bytes of one view of one sample. views.c and strong.c are compiled once for each instruction set FOR. */
 #define JOIN_(a, b) a##_##b
@@ -65,11 +82,5 @@ typedef struct { /* the pixels of a view while it is worked on */
     int size, pitch; /* pitch: a multiple of 32, and rows may be read and written up to it */
 } canvas_t;
 void JOIN(apply_strong, FOR)(canvas_t *canvas, const view_t *view, int64_t sample); /* in place */
-
-struct scratch { /* memory of one thread, which grows to what its largest image needs */
-    void *block;
-    size_t num_bytes;
-};
-void *reserve(scratch_t *scratch, size_t num_bytes);
 
 #endif

@@ -1,7 +1,7 @@
 """The compiled kernel of the native backend, as functions: kernel.h says what they do.
 
-JPEG files are decoded by the libjpeg that Pillow itself has loaded, so that no second one is needed and both decode to
-the same bytes.
+Ordinary JPEG files are decoded by the kernel itself where the processor has AVX2, all others by the libjpeg that Pillow
+has loaded; both decode to the same bytes.
 """
 
 from __future__ import annotations
@@ -51,18 +51,20 @@ class Kernel:
     """Renders views; every thread has a worker of its own, which lives as long as the thread.
 
     instructions    one of INSTRUCTIONS; the best that the processor has by default
+    by_libjpeg      let it decode all files
     Raises KernelError.
     """
 
-    def __init__(self, path: Path = LIBRARY, instructions: str = "") -> None:
+    def __init__(self, path: Path = LIBRARY, instructions: str = "", by_libjpeg: bool = False) -> None:
         self._functions = _load(path)
         best = self._functions.best_instructions()
         wanted = INSTRUCTIONS.index(instructions) if instructions else best
         if wanted > best:
             raise KernelError(f"this processor has no {instructions}; its best is {INSTRUCTIONS[best]}")
         self.instructions = INSTRUCTIONS[wanted]
-        self._libjpeg = _libjpeg()
+        self._libjpeg, self._by_libjpeg = _libjpeg(), by_libjpeg
         self._workers = threading.local()
+        self._num_decoded: list[npt.NDArray[np.int64]] = []  # an array a worker: each counts alone
         self._worker()  # so that a library that does not fit is noticed here
 
     def render_files(
@@ -90,18 +92,33 @@ class Kernel:
             worker.address, planes.ctypes.data, width, height, sample, views, len(views)
         )
 
+    def num_decoded(self) -> dict[str, int]:
+        """How many files were decoded until now by whom: "kernel", "libjpeg"."""
+        by_kernel, by_libjpeg = np.sum(self._num_decoded, axis=0).tolist()
+        return {"kernel": by_kernel, "libjpeg": by_libjpeg}
+
     def _worker(self) -> _Worker:
         if not hasattr(self._workers, "own"):
-            self._workers.own = _Worker(self._functions, self._libjpeg, INSTRUCTIONS.index(self.instructions))
+            counts = np.zeros(2, np.int64)
+            self._num_decoded.append(counts)
+            instructions = INSTRUCTIONS.index(self.instructions)
+            self._workers.own = _Worker(self._functions, self._libjpeg, instructions, self._by_libjpeg, counts)
         return self._workers.own
 
 
 class _Worker:
     """Memory and decoder of one thread."""
 
-    def __init__(self, functions: ctypes.CDLL, libjpeg: ctypes.Array[c_void_p], instructions: int) -> None:
-        self._functions = functions
-        self.address = functions.new_worker(libjpeg, instructions)
+    def __init__(
+        self,
+        functions: ctypes.CDLL,
+        libjpeg: ctypes.Array[c_void_p],
+        instructions: int,
+        by_libjpeg: bool,
+        num_decoded: npt.NDArray[np.int64],
+    ) -> None:
+        self._functions, self._num_decoded = functions, num_decoded  # C has only its address
+        self.address = functions.new_worker(libjpeg, instructions, by_libjpeg, num_decoded.ctypes.data)
         if not self.address:
             raise KernelError("Pillow's libjpeg is another version than the kernel knows; use loader.backend=exact")
 
@@ -145,7 +162,8 @@ def _load(path: Path) -> ctypes.CDLL:
     functions.source_digest.restype = c_char_p
     if functions.size_of_view() != ctypes.sizeof(View):
         raise KernelError("the compiled kernel is an older one; run `python -m pipelines.native.build`")
-    functions.new_worker.argtypes, functions.new_worker.restype = [c_void_p * len(_LIBJPEG), c_int], c_void_p
+    functions.new_worker.argtypes = [c_void_p * len(_LIBJPEG), c_int, c_int, c_void_p]
+    functions.new_worker.restype = c_void_p
     functions.free_worker.argtypes, functions.free_worker.restype = [c_void_p], None
     functions.render_files.argtypes = [
         c_void_p, POINTER(c_char_p), c_void_p, c_int64, c_int64, POINTER(View), c_int, c_int, c_void_p

@@ -1,7 +1,8 @@
 /* Damaged JPEG files and random numbers through the kernel, to be compiled with it under sanitizers.
 
    fuzz LIBJPEG ROUNDS SEED FILE...   each round changes, cuts or joins bytes of a file and renders random views of it with
-   every instruction set; a crash, a leak or an access out of bounds ends the program. Prints how many files were rendered. */
+   every instruction set; a crash, a leak or an access out of bounds ends the program. Prints how many files the kernel's
+   own decoder took and how many libjpeg. */
 #include <dlfcn.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,7 +12,7 @@
 
 typedef struct worker worker_t;
 extern int best_instructions(void);
-extern worker_t *new_worker(const libjpeg_t *library, int instructions);
+extern worker_t *new_worker(const libjpeg_t *library, int instructions, int by_libjpeg, int64_t *num_decoded);
 extern void free_worker(worker_t *worker);
 extern void render_files(worker_t *, const uint8_t *const *, const int64_t *, int64_t, int64_t, const view_t *, int, int, int32_t *);
 extern int render_pixels(worker_t *, const uint8_t *, int, int, int64_t, const view_t *, int);
@@ -25,14 +26,13 @@ static uint32_t any(uint32_t below) { /* xorshift64* */
 }
 static float part(void) { return any(1 << 20) / (float)(1 << 20); }
 
-static int sizes(const uint8_t *file, size_t num_bytes, int *width, int *height) {
+static void sizes(const uint8_t *file, size_t num_bytes, int *width, int *height) {
     for (size_t at = 2; at + 9 < num_bytes && file[at] == 0xff; at += 2 + (file[at + 2] << 8 | file[at + 3]))
         if (file[at + 1] >= 0xc0 && file[at + 1] <= 0xc2) {
-            *height = file[at + 5] << 8 | file[at + 6];
-            *width = file[at + 7] << 8 | file[at + 8];
-            return *width > 0 && *height > 0;
+            const int rows = file[at + 5] << 8 | file[at + 6], columns = file[at + 7] << 8 | file[at + 8];
+            if (rows && columns) *height = rows, *width = columns;
+            return;
         }
-    return 0;
 }
 
 int main(int num, char **words) {
@@ -46,10 +46,11 @@ int main(int num, char **words) {
     libjpeg_t library;
     memcpy(&library, functions, sizeof library);
     state = strtoull(words[3], NULL, 10) * 2 + 1;
-    worker_t *workers[3];
-    const int num_workers = best_instructions() + 1;
-    for (int i = 0; i < num_workers; i++) workers[i] = new_worker(&library, i);
-    long rendered = 0;
+    worker_t *workers[4]; /* the last one decodes by libjpeg alone */
+    int64_t num_decoded[2] = {0};
+    const int num_workers = best_instructions() + 2;
+    for (int i = 0; i < num_workers; i++)
+        workers[i] = new_worker(&library, i < num_workers - 1 ? i : i - 1, i == num_workers - 1, num_decoded);
     for (long round = 0, rounds = atol(words[2]); round < rounds; round++) {
         FILE *source = fopen(words[4 + any(num - 4)], "rb");
         fseek(source, 0, SEEK_END);
@@ -111,7 +112,6 @@ int main(int num, char **words) {
             int32_t done[1] = {-1};
             render_files(workers[i], files, lengths, 0, 1, views, VIEWS, scaled, done);
             if (done[0] < DONE || done[0] > NO_MEMORY) return 3;
-            rendered += done[0] == DONE;
         }
         if (!any(8) && (long)width * height < 1 << 20) {
             uint8_t *planes = calloc((size_t)width * height * 3 + MARGIN, 1);
@@ -122,6 +122,6 @@ int main(int num, char **words) {
         free(file);
     }
     for (int i = 0; i < num_workers; i++) free_worker(workers[i]);
-    printf("%ld\n", rendered);
+    printf("%ld %ld\n", (long)num_decoded[0], (long)num_decoded[1]);
     return 0;
 }

@@ -8,7 +8,6 @@
 
 #include "kernel.h"
 
-#define KEPT_BYTES (64u << 20) /* a larger buffer is given back after the image that needed it */
 #define FILES_A_LIFE 64        /* decompressors keep about 2 KB of tables a file */
 #define MAX_SCANS 500          /* of a progressive file; a crafted one has millions, and takes hours */
 
@@ -133,7 +132,7 @@ static void forget_tables(decoder_t *d) {
     memset(jpeg->ac_huff_tbl_ptrs, 0, sizeof jpeg->ac_huff_tbl_ptrs);
 }
 
-int decode(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image) {
+int decode_by_libjpeg(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image) {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     if (setjmp(d->on_error)) {
         ((end_f)d->library.abort)(jpeg);
@@ -141,10 +140,7 @@ int decode(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, in
     }
     if (num_bytes < 4 || file[0] != 0xff || file[1] != 0xd8) return NOT_FOR_US;
     forget_tables(d);
-    if (d->buffer.num_bytes > KEPT_BYTES) {
-        free(d->buffer.block);
-        d->buffer = (scratch_t){0};
-    }
+    give_back(&d->buffer);
     ((memory_source_f)d->library.memory_source)(jpeg, file, num_bytes);
     if (((read_header_f)d->library.read_header)(jpeg, TRUE) != JPEG_HEADER_OK) fail((j_common_ptr)jpeg);
     memset(image, 0, sizeof *image);
