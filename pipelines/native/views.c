@@ -2,7 +2,8 @@
 
    Numbers are Pillow's, step by step, each rounded to bytes as it does (pipelines/backends/colour.py has the same in NumPy);
    only the resize keeps fractions where Pillow rounds between its two directions, and reads the reduced colour planes of a
-   JPEG directly. Rows are floats that hold whole numbers while colours are changed, bytes between the stages. */
+   JPEG directly. It counts in whole numbers, so it gives the same on every processor. Rows are floats that hold whole
+   numbers while colours are changed, bytes between the stages. */
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -29,10 +30,16 @@ typedef const float *restrict const_row_t;
 
 /* ---- Resize: Pillow's bilinear filter, as wide as the image is reduced ---- */
 
-typedef struct { /* output x is the sum over k < num of weight[k * stride + x] * input[from[x] + k] */
-    int num, stride;
+/* Weights are in units of 2**-14, and those of an output add up to one. Rows between the two directions have units of
+   2**-7, so that both directions can multiply and add pairs of 16-bit numbers. */
+enum { WEIGHT_BITS = 14, ROW_BITS = 7 };
+
+typedef struct { /* output x is the sum over k < num of low(pair) * input[at] + high(pair) * input[at + 1], where pair is
+                    pair[k * stride + x] and at is from[x] + 2 * k; what lies behind input `last` has no weight */
+    int num, stride, last;
     int *from;
-    float *weight;
+    uint32_t *pair;
+    uint8_t *shuffle; /* from the inputs of four outputs to their pairs; NULL: they are too far apart */
 } taps_t;
 
 typedef struct { /* along one axis: output o shows the input around first + (o + .5) * scale; only [low, high) counts */
@@ -42,11 +49,11 @@ typedef struct { /* along one axis: output o shows the input around first + (o +
 
 static int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-/* Taps of one output that a filter has at most. */
-static int most_taps(const axis_t *axis) { return 2 * (int)ceil(axis->scale > 1 ? axis->scale : 1) + 3; }
+/* Taps of one output that a filter has at most; an even number. */
+static int most_taps(const axis_t *axis) { return 2 * (int)ceil(axis->scale > 1 ? axis->scale : 1) + 4; }
 
 static size_t taps_bytes(const axis_t *axis, int size) {
-    return (size_t)round_up(size, LANES) * (sizeof(int) + most_taps(axis) * sizeof(float));
+    return (size_t)round_up(size, LANES) * (sizeof(int) + most_taps(axis) / 2 * sizeof(uint32_t) + 4);
 }
 
 /* Taps on a plane of half the width are those on the plane that libjpeg's smooth upsampling would make of it: a pixel is
@@ -73,10 +80,8 @@ static int halve(double *weight, int *from, int num, int last) {
 static void make_taps(taps_t *taps, void *memory, const axis_t *axis, int size, int sub, int num_samples, int origin) {
     const double support = axis->scale > 1 ? axis->scale : 1;
     const int stride = round_up(size, LANES), most = most_taps(axis);
-    taps->stride = stride;
-    taps->from = memory;
-    taps->weight = (float *)(taps->from + stride);
-    taps->num = 1;
+    *taps = (taps_t){.num = 1, .stride = stride, .last = num_samples - 1 - origin, .from = memory};
+    taps->pair = (uint32_t *)(taps->from + stride);
     memset(memory, 0, taps_bytes(axis, size));
     for (int o = 0; o < size; o++) {
         const double centre = axis->first + (o + 0.5) * axis->scale;
@@ -90,113 +95,130 @@ static void make_taps(taps_t *taps, void *memory, const axis_t *axis, int size, 
             const double w = 1 - fabs((from + k - centre + 0.5) / support);
             total += weight[k] = w > 0 ? w : 0;
         }
-        for (int k = 0; k < num; k++) weight[k] = total > 0 ? weight[k] / total : 1.0 / num;
+        if (total <= 0) total = weight[0] = 1;
         if (sub == 2) num = halve(weight, &from, num, num_samples - 1);
-        while (num > 1 && weight[num - 1] == 0) num--;
-        taps->num = num > taps->num ? num : taps->num;
         const int x = axis->mirrored ? size - 1 - o : o;
-        taps->from[x] = from;
-        for (int k = 0; k < num; k++) taps->weight[k * stride + x] = (float)weight[k];
-    }
-    for (int x = 0; x < size; x++) { /* all have the same number of taps now, and must not lie beyond the last sample */
-        const int beyond = taps->from[x] + taps->num - num_samples;
-        if (beyond > 0) {
-            for (int k = taps->num - 1; k >= 0; k--)
-                taps->weight[k * stride + x] = k >= beyond ? taps->weight[(k - beyond) * stride + x] : 0;
-            taps->from[x] -= beyond;
+        taps->from[x] = from - origin;
+        double part = 0;
+        int given = 0;
+        for (int k = 0; k < num; k++) { /* rounded so that nothing is lost in the sum */
+            part += weight[k];
+            const int upto = (int)(part / total * (1 << WEIGHT_BITS) + 0.5);
+            taps->pair[k / 2 * stride + x] |= (uint32_t)(upto - given) << k % 2 * 16;
+            if (upto > given && k / 2 >= taps->num) taps->num = k / 2 + 1;
+            given = upto;
         }
-        taps->from[x] -= origin;
     }
     for (int x = size; x < stride; x++) taps->from[x] = taps->from[size - 1];
 }
 
 /* mixed[x] = the taps of output row y on bytes of `num` columns; up to MARGIN - 1 more are read and written */
-static void mix_rows(const uint8_t *restrict plane, int pitch, int num, const taps_t *taps, int y, row_t mixed) {
-    const uint8_t *restrict p = plane + (ptrdiff_t)taps->from[y] * pitch;
-    const float *restrict weight = taps->weight + y;
-    const int stride = taps->stride;
-    int k = 0;
-    if (taps->num >= 3) {
-        const float a = weight[0], b = weight[stride], c = weight[2 * stride];
-        const uint8_t *restrict q = p + pitch, *restrict r = q + pitch;
-        EACH(x, num, MARGIN) mixed[x] = FMA(a, p[x], FMA(b, q[x], c * r[x]));
-        k = 3;
-    } else {
-        const float a = weight[0];
-        EACH(x, num, MARGIN) mixed[x] = a * p[x];
-        k = 1;
-    }
-    for (; k + 1 < taps->num; k += 2) {
-        const uint8_t *restrict q = p + (ptrdiff_t)k * pitch, *restrict r = q + pitch;
-        const float b = weight[k * stride], c = weight[(k + 1) * stride];
-        EACH(x, num, MARGIN) mixed[x] = FMA(b, q[x], FMA(c, r[x], mixed[x]));
-    }
-    if (k < taps->num) {
-        const uint8_t *restrict q = p + (ptrdiff_t)k * pitch;
-        const float b = weight[k * stride];
-        EACH(x, num, MARGIN) mixed[x] = FMA(b, q[x], mixed[x]);
+static void mix_rows(const uint8_t *plane, int pitch, int num, const taps_t *taps, int y, int16_t *restrict mixed) {
+    enum { HALF = 1 << (WEIGHT_BITS - ROW_BITS - 1), STEP = 32 };
+    for (int x = 0; x < num; x += STEP) {
+#if defined(__AVX2__)
+        const __m256i zero = _mm256_setzero_si256();
+        __m256i a = _mm256_set1_epi32(HALF), b = a, c = a, d = a;
+#else
+        int32_t sum[STEP];
+        for (int k = 0; k < STEP; k++) sum[k] = HALF;
+#endif
+        for (int k = 0; k < taps->num; k++) {
+            const int at = taps->from[y] + 2 * k, first = at < taps->last ? at : taps->last;
+            const uint8_t *p = plane + (ptrdiff_t)first * pitch + x, *q = at < taps->last ? p + pitch : p;
+            const uint32_t pair = taps->pair[k * taps->stride + y];
+#if defined(__AVX2__)
+            const __m256i weights = _mm256_set1_epi32((int)pair);
+            const __m256i above = _mm256_loadu_si256((const __m256i *)p), below = _mm256_loadu_si256((const __m256i *)q);
+            const __m256i low = _mm256_unpacklo_epi8(above, below), high = _mm256_unpackhi_epi8(above, below);
+            a = _mm256_add_epi32(a, _mm256_madd_epi16(_mm256_unpacklo_epi8(low, zero), weights));
+            b = _mm256_add_epi32(b, _mm256_madd_epi16(_mm256_unpackhi_epi8(low, zero), weights));
+            c = _mm256_add_epi32(c, _mm256_madd_epi16(_mm256_unpacklo_epi8(high, zero), weights));
+            d = _mm256_add_epi32(d, _mm256_madd_epi16(_mm256_unpackhi_epi8(high, zero), weights));
+#else
+            const int w = (int)(pair & 0xffff), v = (int)(pair >> 16);
+            for (int n = 0; n < STEP; n++) sum[n] += w * p[n] + v * q[n];
+#endif
+        }
+#if defined(__AVX2__)
+        enum { DOWN = WEIGHT_BITS - ROW_BITS };
+        const __m256i e = _mm256_packs_epi32(_mm256_srai_epi32(a, DOWN), _mm256_srai_epi32(b, DOWN));
+        const __m256i f = _mm256_packs_epi32(_mm256_srai_epi32(c, DOWN), _mm256_srai_epi32(d, DOWN));
+        _mm256_storeu_si256((__m256i *)(mixed + x), _mm256_permute2x128_si256(e, f, 0x20));
+        _mm256_storeu_si256((__m256i *)(mixed + x + 16), _mm256_permute2x128_si256(e, f, 0x31));
+#else
+        for (int n = 0; n < STEP; n++) mixed[x + n] = (int16_t)(sum[n] >> (WEIGHT_BITS - ROW_BITS));
+#endif
     }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+static int first_of_four(const int *from) { return from[0] < from[3] ? from[0] : from[3]; }
+
+/* The inputs of four neighbouring outputs lie in one register of 8 numbers, if the image is reduced to the half at most. */
+static void make_shuffles(taps_t *taps) {
+    uint8_t *shuffle = taps->shuffle = (uint8_t *)(taps->pair + (size_t)taps->num * taps->stride);
+    for (int x = 0; x < taps->stride; x++) {
+        const int at = taps->from[x] - first_of_four(taps->from + x / 4 * 4);
+        if (at > 6) {
+            taps->shuffle = NULL;
+            return;
+        }
+        for (int k = 0; k < 4; k++) shuffle[4 * x + k] = (uint8_t)(2 * at + k);
+    }
+}
+#endif
+
 /* resized[x] = the taps of output column x on a mixed row */
-static void mix_columns(const_row_t mixed, const taps_t *taps, row_t resized) {
+static void mix_columns(const int16_t *mixed, const taps_t *taps, row_t resized) {
     const int num = taps->num, stride = taps->stride;
+    const float unit = 1.0f / (1 << (WEIGHT_BITS + ROW_BITS));
     for (int x = 0; x < stride; x += LANES) {
         const int *from = taps->from + x;
-        const float *weight = taps->weight + x;
+        const uint32_t *pair = taps->pair + x;
 #if defined(__AVX512F__)
-        /* Neighbouring outputs read neighbouring inputs: two or four registers hold all, and permuting beats gathering. */
+        /* Neighbouring outputs read neighbouring inputs: one or two registers hold all, and permuting beats gathering. */
         const int low = from[0] < from[LANES - 1] ? from[0] : from[LANES - 1];
-        const int span = (from[0] < from[LANES - 1] ? from[LANES - 1] : from[0]) - low + num;
-        const float *base = mixed + low;
-        __m512i at = _mm512_sub_epi32(_mm512_loadu_si512(from), _mm512_set1_epi32(low));
-        const __m512i one = _mm512_set1_epi32(1);
-        __m512 sum = _mm512_setzero_ps();
-        if (span <= 32) {
-            const __m512 a = _mm512_loadu_ps(base), b = _mm512_loadu_ps(base + 16);
-            for (int k = 0; k < num; k++, at = _mm512_add_epi32(at, one))
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * stride), _mm512_permutex2var_ps(a, at, b), sum);
-        } else if (span <= 64) {
-            const __m512 a = _mm512_loadu_ps(base), b = _mm512_loadu_ps(base + 16);
-            const __m512 c = _mm512_loadu_ps(base + 32), d = _mm512_loadu_ps(base + 48);
-            for (int k = 0; k < num; k++, at = _mm512_add_epi32(at, one)) {
-                const __mmask16 far = _mm512_test_epi32_mask(at, _mm512_set1_epi32(32));
-                const __m512 near = _mm512_permutex2var_ps(a, at, b);
-                const __m512 value = _mm512_mask_mov_ps(near, far, _mm512_permutex2var_ps(c, at, d));
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * stride), value, sum);
-            }
-        } else {
-            for (int k = 0; k < num; k++, base++)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(weight + k * stride), _mm512_i32gather_ps(at, base, 4), sum);
+        const int span = (from[0] < from[LANES - 1] ? from[LANES - 1] : from[0]) - low + 2 * num;
+        const int16_t *near = mixed + low, *far = near + 32;
+        const __m512i two = _mm512_set1_epi32(2 << 16 | 2);
+        __m512i sum = _mm512_setzero_si512(), at = _mm512_sub_epi32(_mm512_loadu_si512(from), _mm512_set1_epi32(low));
+        if (span <= 64) at = _mm512_add_epi32(_mm512_or_si512(at, _mm512_slli_epi32(at, 16)), _mm512_set1_epi32(1 << 16));
+        for (int k = 0; k < num; k++, pair += stride) {
+            __m512i inputs;
+            if (span <= 32) inputs = _mm512_permutexvar_epi16(at, _mm512_loadu_si512(near));
+            else if (span <= 64) inputs = _mm512_permutex2var_epi16(_mm512_loadu_si512(near), at, _mm512_loadu_si512(far));
+            else inputs = _mm512_i32gather_epi32(at, near + 2 * k, 2);
+            sum = _mm512_add_epi32(sum, _mm512_madd_epi16(inputs, _mm512_loadu_si512(pair)));
+            if (span <= 64) at = _mm512_add_epi32(at, two);
         }
-        _mm512_storeu_ps(resized + x, sum);
+        _mm512_storeu_ps(resized + x, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(unit)));
 #elif defined(__AVX2__)
-        for (int half = 0; half < LANES; half += 8, from += 8, weight += 8) {
-            const int low = from[0] < from[7] ? from[0] : from[7];
-            const int span = (from[0] < from[7] ? from[7] : from[0]) - low + num;
-            const float *base = mixed + low;
-            __m256i at = _mm256_sub_epi32(_mm256_loadu_si256((const __m256i *)from), _mm256_set1_epi32(low));
-            const __m256i one = _mm256_set1_epi32(1);
-            __m256 sum = _mm256_setzero_ps();
-            if (span <= 16) {
-                const __m256 a = _mm256_loadu_ps(base), b = _mm256_loadu_ps(base + 8);
-                for (int k = 0; k < num; k++, at = _mm256_add_epi32(at, one)) {
-                    const __m256 far = _mm256_castsi256_ps(_mm256_cmpgt_epi32(at, _mm256_set1_epi32(7)));
-                    const __m256 value =
-                        _mm256_blendv_ps(_mm256_permutevar8x32_ps(a, at), _mm256_permutevar8x32_ps(b, at), far);
-                    sum = _mm256_fmadd_ps(_mm256_loadu_ps(weight + k * stride), value, sum);
+        for (int o = x; o < x + LANES; o += 8, from += 8, pair += 8) {
+            const int16_t *left = mixed + first_of_four(from), *right = mixed + first_of_four(from + 4);
+            const __m256i at = _mm256_loadu_si256((const __m256i *)from);
+            __m256i sum = _mm256_setzero_si256();
+            for (int k = 0; k < num; k++) {
+                __m256i inputs;
+                if (taps->shuffle) {
+                    const __m256i both = _mm256_loadu2_m128i((const __m128i *)(right + 2 * k), (const __m128i *)(left + 2 * k));
+                    inputs = _mm256_shuffle_epi8(both, _mm256_loadu_si256((const __m256i *)(taps->shuffle + 4 * o)));
+                } else {
+                    inputs = _mm256_i32gather_epi32((const int *)(mixed + 2 * k), at, 2);
                 }
-            } else {
-                for (int k = 0; k < num; k++, base++)
-                    sum = _mm256_fmadd_ps(_mm256_loadu_ps(weight + k * stride), _mm256_i32gather_ps(base, at, 4), sum);
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(inputs, _mm256_loadu_si256((const __m256i *)(pair + k * stride))));
             }
-            _mm256_storeu_ps(resized + x + half, sum);
+            _mm256_storeu_ps(resized + o, _mm256_mul_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(unit)));
         }
 #else
-        float sum[LANES] = {0};
+        int32_t sum[LANES] = {0};
         for (int k = 0; k < num; k++)
-            for (int lane = 0; lane < LANES; lane++) sum[lane] += weight[k * stride + lane] * mixed[from[lane] + k];
-        memcpy(resized + x, sum, sizeof sum);
+            for (int lane = 0; lane < LANES; lane++) {
+                const uint32_t weights = pair[k * stride + lane];
+                const int16_t *at = mixed + from[lane] + 2 * k;
+                sum[lane] += (int)(weights & 0xffff) * at[0] + (int)(weights >> 16) * at[1];
+            }
+        for (int lane = 0; lane < LANES; lane++) resized[x + lane] = (float)sum[lane] * unit;
 #endif
     }
 }
@@ -441,10 +463,10 @@ int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *vi
 
     /* memory: taps for plane 0 and for planes 1 and 2, a mixed row, three resized rows, planes, a spare one, a framed row */
     const size_t taps_across = taps_bytes(&across, size), taps_down = taps_bytes(&down, size);
-    const size_t mixed_floats = round_up(across.high - across.low + most_taps(&across) + 2 * MARGIN, LANES);
+    const size_t mixed_bytes = round_up(across.high - across.low + most_taps(&across) + 2 * MARGIN, LANES) * sizeof(int16_t);
     const size_t plane_bytes = (size_t)size * pitch + 64, framed_bytes = 2 * pitch + 4 * (box.reach + 1) + 64;
-    char *memory = reserve(scratch, 2 * (taps_across + taps_down) + (mixed_floats + 3 * num) * sizeof(float) +
-                                        4 * plane_bytes + framed_bytes);
+    char *memory = reserve(scratch, 2 * (taps_across + taps_down) + mixed_bytes + 3 * num * sizeof(float) + 4 * plane_bytes +
+                                        framed_bytes);
     if (!memory) return NO_MEMORY;
     taps_t x_taps[2], y_taps[2];
     const int meaning = image->meaning, num_planes = meaning == GRAY ? 1 : 3;
@@ -454,13 +476,18 @@ int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *vi
         from[p] = reduced(across.low, sub_x, -1) < 0 ? 0 : reduced(across.low, sub_x, -1);
         const int to = reduced(across.high, sub_x, 2);
         width[p] = (to > image->width[p] ? image->width[p] : to) - from[p];
-        make_taps(&x_taps[p], memory, &across, size, sub_x, image->width[p], from[p]);
-        memory += taps_across;
-        make_taps(&y_taps[p], memory, &down, size, sub_y, image->height[p], 0);
-        memory += taps_down;
+        x_taps[p] = x_taps[0], y_taps[p] = y_taps[0];
+        if (!p || sub_x == 2) make_taps(&x_taps[p], memory + p * taps_across, &across, size, sub_x, image->width[p], from[p]);
+        if (!p || sub_y == 2) make_taps(&y_taps[p], memory + 2 * taps_across + p * taps_down, &down, size, sub_y, image->height[p], 0);
     }
-    float *mixed = (float *)memory, *r = mixed + mixed_floats, *g = r + num, *b = g + num;
-    memset(mixed, 0, mixed_floats * sizeof *mixed);
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    make_shuffles(&x_taps[0]);
+    if (num_planes > 1) make_shuffles(&x_taps[1]);
+#endif
+    memory += 2 * (taps_across + taps_down);
+    int16_t *mixed = (int16_t *)memory;
+    memset(mixed, 0, mixed_bytes);
+    float *r = (float *)(memory + mixed_bytes), *g = r + num, *b = g + num;
     canvas_t canvas = {.size = size, .pitch = pitch};
     for (int c = 0; c < 3; c++) canvas.plane[c] = (uint8_t *)(b + num) + c * plane_bytes;
     canvas.spare = canvas.plane[2] + plane_bytes;
