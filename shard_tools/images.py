@@ -98,16 +98,20 @@ def prepare(data: bytes, resize: Resize | None) -> Prepared:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         image, facts = _open(data, caught)
+        size = image.size
+        target = resize.size(*size) if resize else size
+        if target == size:
+            # Every code of a JPEG is read all the same, and nothing behind the codes can fail; others have no draft.
+            image.draft(None, (max(1, size[0] // 8), max(1, size[1] // 8)))
         try:
             image.load()
         except Exception as error:  # whatever a decoder raises on damaged bytes
             raise BadImage(_reason(error), facts) from None
-        target = resize.size(*image.size) if resize else image.size
         if image.mode.startswith("I"):
             image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
-            if target == image.size:
+            if target == size:
                 return Prepared(_encode(image, "PNG"), _with(image, "png"), facts)
-        if target == image.size:
+        if target == size:
             return Prepared(data, facts, facts)
         if image.mode not in ("L", "RGB"):
             image = image.convert("RGB")

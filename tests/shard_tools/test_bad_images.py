@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from shard_tools.headers import FORMATS
 from shard_tools.images import BadImage, inspect, prepare
 from shard_tools.manifest import Manifest, ShardError
 from shard_tools.pack import PackOptions, pack
@@ -210,3 +211,30 @@ def test_metadata_of_a_quarantined_pack_survives_json(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "dst/train/manifest.json").read_bytes())
     assert document["census"]["bad"][0]["name"] == "tab\tand\nline.jpg"
     assert (tmp_path / "dst/train/quarantine.txt").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [{}, {"subsampling": 2}, {"progressive": True}, {"restart_marker_blocks": 7}])
+def test_a_fault_of_a_jpeg_is_found_as_by_a_whole_decode(options, photos):
+    """A pack keeps a file's bytes, so it reads all codes of a JPEG but makes few pixels of them."""
+    file = io.BytesIO()
+    photos[1].resize((150, 113)).save(file, "JPEG", quality=85, **options)
+    rng = np.random.default_rng(3)
+    outcomes = []
+    for _ in range(400):
+        data = bytearray(file.getvalue())
+        for place in rng.integers(len(data), size=rng.integers(1, 4)):
+            data[place] = rng.integers(256)
+        data = bytes(data[: rng.integers(1, len(data))] if rng.integers(6) == 0 else data)
+        try:
+            Image.open(io.BytesIO(data), formats=FORMATS).load()
+            whole = ""
+        except Exception as error:
+            whole = type(error).__name__
+        try:
+            inspect(data)
+            ours = ""
+        except BadImage as error:
+            ours = str(error)
+        assert ours if whole else not ours or "two sizes" in ours
+        outcomes.append(bool(whole))
+    assert 20 < sum(outcomes) < 380
