@@ -65,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     manifest = Manifest.load(arguments.shards)
     Record(
         what=f"MoCo v2 views from local shards, and over HTTP with {arguments.latency_ms:g} ms before each answer",
-        command=f"python -m bench.remote SHARDS {arguments.out}",
+        command=f"python -m bench.remote SHARDS {arguments.out} --threads {arguments.threads}"
+        f" --steps {arguments.steps}",
         figures=_figures(results),
         settings={
             **{key: value for key, value in vars(arguments).items() if key not in ("shards", "out")},

@@ -1,7 +1,8 @@
-/* Baseline JPEG files to planes, which most photographs are, in about half of libjpeg's time: the header, and where what goes.
+/* Baseline JPEG files, which most photographs are, to planes: the header and the layout; scan.c makes the pixels.
 
-   The bytes are libjpeg's, by its accurate integer transform. What is unusual or doubtful is NOT_FOR_US: libjpeg looks at
-   the file then (libjpeg.c). Blocks that no view shows are read, as the next ones begin where they end, but not transformed. */
+   The bytes are libjpeg's, by its accurate integer transform. What is unusual or doubtful is NOT_FOR_US: then libjpeg
+   looks at the file (libjpeg.c). Blocks that no view shows are read, as the next ones begin where they end, but not
+   transformed. */
 #include <stdlib.h>
 #include <string.h>
 
@@ -75,7 +76,8 @@ static int read_header(baseline_t *b, const uint8_t *file, const uint8_t *end) {
     memset(b->codes_at, 0, sizeof b->codes_at);
     b->num_components = b->restart_interval = b->is_jfif = 0;
     b->adobe_transform = -1;
-    if (end - file < 4 || two_bytes(file) != 0xffd8 || two_bytes(end - 2) != 0xffd9) return 0; /* without an end: is it cut? */
+    if (end - file < 4 || two_bytes(file) != 0xffd8) return 0;
+    if (two_bytes(end - 2) != 0xffd9) return 0; /* is it cut? */
     for (const uint8_t *at = file + 2; end - at >= 4;) {
         const int marker = at[1], length = two_bytes(at + 2);
         if (at[0] != 0xff || length < 2 || end - at < 2 + length) return 0;
@@ -139,7 +141,8 @@ static int make_codes(codes_t *codes, const uint8_t *counts, int is_ac) {
             }
             codes->symbol[num] = found;
             if (code >= (1 << n) - 1) return 0; /* a code of ones only is none */
-            for (int rest = 0; n <= LOOK && rest < 1 << (LOOK - n); rest++) codes->first[(code << (LOOK - n)) + rest] = found;
+            for (int rest = 0; n <= LOOK && rest < 1 << (LOOK - n); rest++)
+                codes->first[(code << (LOOK - n)) + rest] = found;
         }
         codes->beyond[n] = code;
     }

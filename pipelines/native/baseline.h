@@ -51,9 +51,11 @@ struct baseline {
     const uint8_t *scan_at;
 };
 
-/* scan.c. Where the coefficients of the zigzag order lie in a block; 64: of those that no block has. */
+/* scan.c. Where the coefficients of the zigzag order lie in a block; 64: of those that no block has. A look can go beyond
+   the last one by END_OF_BLOCK and 16. */
 extern const uint8_t COEFFICIENT_PLACE[256];
-/* The planes, of so many units (T.81: MCU), from the bytes at `scan_at`; `end`: of the file. Returns what decode_baseline does. */
+/* The planes, of so many units (T.81: MCU), from the bytes at `scan_at`; `end`: of the file. Returns what decode_baseline
+   does. */
 int read_scan(baseline_t *baseline, const uint8_t *end, int unit_rows, int unit_columns);
 
 #endif

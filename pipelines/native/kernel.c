@@ -6,7 +6,7 @@
 
 #define API __attribute__((visibility("default")))
 
-#define KEPT_BYTES (64u << 20)
+#define KEPT_BYTES (64u << 20) /* a larger buffer is given back after the image that needed it */
 
 typedef struct { /* one a thread */
     baseline_t *baseline; /* NULL: all files are libjpeg's */
@@ -121,7 +121,8 @@ static int render_all(worker_t *worker, const image_t *image, const view_t *view
     return DONE;
 }
 
-static int decode(worker_t *worker, const uint8_t *file, size_t num_bytes, const window_t *window, int may_shrink, image_t *image) {
+static int decode(worker_t *worker, const uint8_t *file, size_t num_bytes, const window_t *window, int may_shrink,
+                  image_t *image) {
     int done = NOT_FOR_US;
 #if defined(HAVE_AVX)
     if (worker->baseline && may_shrink == 1) done = decode_baseline(worker->baseline, file, num_bytes, window, image);

@@ -125,14 +125,17 @@ enum { ONE = 8192 };
 #define ODD_3 2260, 9633, -6436, -11363
 enum { FIRST_SHIFT = 11, LAST_SHIFT = 18, FIRST_BIAS = 1 << 10, LAST_BIAS = (1 << 17) + (128 << 18) };
 
-static inline __m256i pair(int a, int b) { return _mm256_set1_epi32((int)((uint32_t)a << 16 >> 16 | (uint32_t)b << 16)); }
+static inline __m256i pair(int a, int b) {
+    return _mm256_set1_epi32((int)((uint32_t)a << 16 >> 16 | (uint32_t)b << 16));
+}
 
 static inline __m256i odd(__m256i in15, __m256i in37, int a, int b, int c, int d) {
     return _mm256_add_epi32(_mm256_madd_epi16(in15, pair(a, b)), _mm256_madd_epi16(in37, pair(c, d)));
 }
 
 /* out[k] in 32 bits, of pairs of inputs */
-static inline void transform_once(__m256i in04, __m256i in26, __m256i in15, __m256i in37, int bias, int shift, __m256i *out) {
+static inline void transform_once(__m256i in04, __m256i in26, __m256i in15, __m256i in37, int bias, int shift,
+                                  __m256i *out) {
     const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(in04, pair(ONE, ONE)), _mm256_set1_epi32(bias));
     const __m256i gap = _mm256_add_epi32(_mm256_madd_epi16(in04, pair(ONE, -ONE)), _mm256_set1_epi32(bias));
     const __m256i outer = _mm256_madd_epi16(in26, pair(EVEN_0)), inner = _mm256_madd_epi16(in26, pair(EVEN_1));

@@ -478,7 +478,8 @@ int JOIN(render, FOR)(scratch_t *scratch, const image_t *image, const view_t *vi
         width[p] = (to > image->width[p] ? image->width[p] : to) - from[p];
         x_taps[p] = x_taps[0], y_taps[p] = y_taps[0];
         if (!p || sub_x == 2) make_taps(&x_taps[p], memory + p * taps_across, &across, size, sub_x, image->width[p], from[p]);
-        if (!p || sub_y == 2) make_taps(&y_taps[p], memory + 2 * taps_across + p * taps_down, &down, size, sub_y, image->height[p], 0);
+        char *below = memory + 2 * taps_across + p * taps_down;
+        if (!p || sub_y == 2) make_taps(&y_taps[p], below, &down, size, sub_y, image->height[p], 0);
     }
 #if defined(__AVX2__) && !defined(__AVX512F__)
     make_shuffles(&x_taps[0]);
