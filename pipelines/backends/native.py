@@ -5,8 +5,8 @@ JPEG stores at half the size are not enlarged first: the resize reads them with 
 given them. Every operation after the resize gives Pillow's bytes (but for rare pixels after a turn of the hue), so the
 difference from `exact` is that of the resize, about 0.2 grey levels; docs/pipelines.md has the table.
 
-Ordinary JPEG files are decoded by the kernel itself, others by libjpeg. Whatever that does not take the direct way (PNG,
-CMYK, odd sampling, damaged files) is decoded by Pillow as `exact` does it, and goes through the same kernel.
+Ordinary JPEG files are decoded by the kernel itself, others by libjpeg. Whatever that does not take the direct way
+(PNG, CMYK, odd sampling, damaged files) is decoded by Pillow as `exact` does it, and goes through the same kernel.
 """
 
 from __future__ import annotations
