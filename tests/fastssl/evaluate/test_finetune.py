@@ -311,8 +311,10 @@ def test_a_list_that_leaves_a_class_without_an_image_is_refused(named_shards, tm
 
 @pytest.mark.dist
 def test_two_ranks_give_the_result_of_one(run_dir, patch_shards, tmp_path):
+    # At ten times these rates a rounding grows to up to 1 % of the loss, with one seed in three (any backend, 8 tried).
+    slowly = ["evaluator.lr=0.001", "evaluator.head_lr=0.01"]
     cases = {
-        "finetune": ["evaluator=finetune_10pct", *SMALL_RUN, "evaluator.share=0.4"],
+        "finetune": ["evaluator=finetune_10pct", *SMALL_RUN, "evaluator.share=0.4", *slowly],
         "batch_norm": ["evaluator=linear_swav", "evaluator.batch_norm=true", "evaluator.epochs=2", "evaluator.lr=0.1",
                        "evaluator.batch_size=20"],
         "knn": ["evaluator=knn", "evaluator.k=[5]"],
