@@ -223,3 +223,13 @@ def test_a_damaged_file_is_decoded_as_libjpeg_does_or_left_to_it(
             assert_array_equal(our_views, their_views)
     assert rendered > ROUNDS // 4
     assert own.taken - before > ROUNDS // 10
+
+
+def test_numbers_that_overflow_libjpegs_16_bits_are_left_to_it(own: Road, libjpegs: Road) -> None:
+    """White by twelve times its step: libjpeg makes black of it."""
+    image = Image.new("L", (64, 64), 255)
+    file = bytearray(jpeg(image, quality=100))
+    file[file.index(b"\xff\xdb") + 5] = 12
+    before = own.taken
+    assert_same(own, libjpegs, bytes(file), image, range(2))
+    assert own.taken == before
