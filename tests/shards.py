@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,13 +17,13 @@ from PIL import Image
 from shard_tools.manifest import INDEX_DTYPE, INDEX_NAME, MANIFEST_NAME, Manifest, Shard
 
 
-def encode(image: Image.Image, suffix: str = "jpg") -> bytes:
-    """The image as a file in memory; suffix is jpg, png or bmp."""
+def encode(image: Image.Image, suffix: str = "jpg", **options: Any) -> bytes:
+    """The image as a file in memory; suffix is jpg, png or bmp, and the options are those of Pillow."""
     file = io.BytesIO()
     if suffix == "jpg":
-        image.save(file, "JPEG", quality=90)
+        image.save(file, "JPEG", **({"quality": 90} | options))
     else:
-        image.save(file, suffix.upper())
+        image.save(file, suffix.upper(), **options)
     return file.getvalue()
 
 

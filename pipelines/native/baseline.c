@@ -12,7 +12,6 @@ baseline_t *new_baseline(void) { return calloc(1, sizeof(baseline_t)); }
 
 void free_baseline(baseline_t *b) {
     if (!b) return;
-    free(b->planes.block);
     free(b->scan.block);
     free(b);
 }
@@ -119,8 +118,8 @@ static void join_codes(codes_t *codes) {
         const int bits = first_bits(one) + first_bits(two);
         if (!one || !two || first_step(one) >= NO_CODE || first_step(two) == NO_CODE || bits > LOOK) continue;
         const int value = signed_value(i >> (LOOK - bits) & most_value(two), most_value(two));
-        codes->first[i] = (one & 0xffffff00ff00) | bits | (meaning_t)(first_step(one) + first_step(two)) << 16 |
-                          (meaning_t)(uint16_t)value << 48;
+        const int steps = first_step(one) + first_step(two);
+        codes->first[i] = meaning(bits, first_bits(one), steps, first_step(one), most_value(one), value);
     }
 }
 
@@ -168,7 +167,8 @@ static int make_tables(baseline_t *b) {
 static int ceil_divide(int value, int by) { return (value + by - 1) / by; }
 
 /* Plane sizes, memory, and which blocks matter: smooth upsampling looks one sample of a reduced plane further. */
-static int lay_out(baseline_t *b, const window_t *window, int unit_rows, int unit_columns, image_t *image) {
+static int lay_out(baseline_t *b, const window_t *window, int unit_rows, int unit_columns, scratch_t *planes,
+                   image_t *image) {
     const component_t *luma = b->component;
     size_t first[3], total = 0;
     *image = (image_t){.meaning = b->num_components == 1 ? GRAY : YCC, .sub_x = 1, .sub_y = 1, .shrink = 1,
@@ -189,21 +189,21 @@ static int lay_out(baseline_t *b, const window_t *window, int unit_rows, int uni
         first[c] = total;
         total += (size_t)own->pitch * there + MARGIN;
     }
-    uint8_t *memory = reserve(&b->planes, total);
+    uint8_t *memory = reserve(planes, total);
     if (!memory) return 0;
     for (int c = 0; c < b->num_components; c++) image->plane[c] = b->component[c].plane = memory + first[c];
     return 1;
 }
 
-int decode_baseline(baseline_t *b, const uint8_t *file, size_t num_bytes, const window_t *window, image_t *image) {
+int decode_baseline(baseline_t *b, const uint8_t *file, size_t num_bytes, const window_t *window, scratch_t *planes,
+                    image_t *image) {
     const uint8_t *end = file + num_bytes;
+    give_back(&b->scan);
     if (!read_header(b, file, end) || !make_tables(b)) return NOT_FOR_US;
     if (b->num_components == 3 && (!is_ycc(b) || (b->component[0].across == 2 && b->width <= 4))) return NOT_FOR_US;
     const int across = 8 * b->component[0].across, down = 8 * b->component[0].down;
     const int rows = ceil_divide(b->height, down), needed = ceil_divide(window->bottom + 4, down);
     const int unit_rows = needed < rows ? needed : rows, unit_columns = ceil_divide(b->width, across);
-    give_back(&b->planes);
-    give_back(&b->scan);
-    if (!lay_out(b, window, unit_rows, unit_columns, image)) return NO_MEMORY;
+    if (!lay_out(b, window, unit_rows, unit_columns, planes, image)) return NO_MEMORY;
     return read_scan(b, end, unit_rows, unit_columns);
 }

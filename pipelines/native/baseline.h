@@ -13,9 +13,13 @@ enum {
    the low end: the bits of all, and of the first; by how many coefficients all go on, and the first; the value of the first
    that has ones only, 2**n - 1 for n bits; the value of the second. */
 typedef uint64_t meaning_t;
+static inline meaning_t meaning(int bits, int first_bits, int steps, int first_step, int most_value, int second_value) {
+    return (meaning_t)bits | (meaning_t)first_bits << 8 | (meaning_t)steps << 16 | (meaning_t)first_step << 24 |
+           (meaning_t)most_value << 32 | (meaning_t)(uint16_t)second_value << 48;
+}
 static inline meaning_t one_code(int code_bits, int value_bits, int step) {
-    const meaning_t bits = code_bits + value_bits, most_value = (1u << value_bits) - 1;
-    return bits | bits << 8 | (meaning_t)step << 16 | (meaning_t)step << 24 | most_value << 32;
+    const int bits = code_bits + value_bits;
+    return meaning(bits, bits, step, step, (1 << value_bits) - 1, 0);
 }
 static inline int all_bits(meaning_t m) { return m & 255; }
 static inline int first_bits(meaning_t m) { return m >> 8 & 255; }
@@ -34,15 +38,15 @@ typedef struct {
 } codes_t;
 
 typedef struct {
-    int id, across, down;                   /* sampling factors */
-    int quant, dc, ac;                      /* numbers of its tables */
-    int low_x, high_x, low_y, high_y;       /* blocks that are transformed */
+    int id, across, down;             /* sampling factors */
+    int quant, dc, ac;                /* numbers of its tables */
+    int low_x, high_x, low_y, high_y; /* blocks that are transformed */
     uint8_t *plane;
     int pitch;
 } component_t;
 
 struct baseline {
-    scratch_t planes, scan;
+    scratch_t scan;
     const uint8_t *quant_at[4], *codes_at[2][4]; /* where the file has its tables; codes: DC, AC */
     int16_t quant[3][64];                        /* by component, where scan.c has the coefficients */
     codes_t codes[2][2];                         /* DC and AC of the first and of the other components */

@@ -12,7 +12,7 @@ typedef struct { /* one a thread */
     baseline_t *baseline; /* NULL: all files are libjpeg's */
     decoder_t *decoder;
     int64_t *num_decoded; /* by baseline.c, by libjpeg */
-    scratch_t memory;
+    scratch_t planes, memory; /* of the decoded image, of a view */
     render_f *render;
 } worker_t;
 
@@ -60,6 +60,7 @@ API void free_worker(worker_t *worker) {
     free_baseline(worker->baseline);
 #endif
     free_decoder(worker->decoder);
+    free(worker->planes.block);
     free(worker->memory.block);
     free(worker);
 }
@@ -123,13 +124,15 @@ static int render_all(worker_t *worker, const image_t *image, const view_t *view
 
 static int decode(worker_t *worker, const uint8_t *file, size_t num_bytes, const window_t *window, int may_shrink,
                   image_t *image) {
+    scratch_t *planes = &worker->planes;
     int done = NOT_FOR_US;
+    give_back(planes);
 #if defined(HAVE_AVX)
-    if (worker->baseline && may_shrink == 1) done = decode_baseline(worker->baseline, file, num_bytes, window, image);
+    if (worker->baseline && may_shrink == 1) done = decode_baseline(worker->baseline, file, num_bytes, window, planes, image);
     worker->num_decoded[0] += done == DONE;
 #endif
     if (done != NOT_FOR_US) return done;
-    done = decode_by_libjpeg(worker->decoder, file, num_bytes, window->bottom, may_shrink, image);
+    done = decode_by_libjpeg(worker->decoder, file, num_bytes, window->bottom, may_shrink, planes, image);
     worker->num_decoded[1] += done == DONE;
     return done;
 }

@@ -53,20 +53,22 @@ typedef struct {
     int top, left, bottom, right;
 } window_t;
 
-/* The planes of a JPEG file; they last until the next call, and need not be right outside of the window. Both return DONE,
+/* The planes of a JPEG file, in memory of `planes`; they need not be right outside of the window. Both return DONE,
    NOT_FOR_US or NO_MEMORY. */
 
 /* baseline.c: ordinary files without faults, on processors with AVX2 */
 typedef struct baseline baseline_t;
 baseline_t *new_baseline(void);
 void free_baseline(baseline_t *baseline);
-int decode_baseline(baseline_t *baseline, const uint8_t *file, size_t num_bytes, const window_t *window, image_t *image);
+int decode_baseline(baseline_t *baseline, const uint8_t *file, size_t num_bytes, const window_t *window, scratch_t *planes,
+                    image_t *image);
 
 /* libjpeg.c: all others. `may_shrink`: the largest of 1, 2, 4, 8 by which the image may be scaled down meanwhile */
 typedef struct decoder decoder_t;
 decoder_t *new_decoder(const libjpeg_t *library);
 void free_decoder(decoder_t *decoder);
-int decode_by_libjpeg(decoder_t *decoder, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image);
+int decode_by_libjpeg(decoder_t *decoder, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink,
+                      scratch_t *planes, image_t *image);
 
 /* The bytes of one view of one sample. views.c and strong.c are compiled once for each instruction set FOR. */
 #define JOIN_(a, b) a##_##b

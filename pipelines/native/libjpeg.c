@@ -25,7 +25,6 @@ struct decoder {
     struct jpeg_progress_mgr progress;
     jmp_buf on_error;
     libjpeg_t library;
-    scratch_t buffer;
     unsigned num_files;
 };
 
@@ -70,7 +69,6 @@ decoder_t *new_decoder(const libjpeg_t *library) {
 void free_decoder(decoder_t *d) {
     if (!d) return;
     if (!setjmp(d->on_error)) ((end_f)d->library.destroy)(&d->jpeg);
-    free(d->buffer.block);
     free(d);
 }
 
@@ -88,7 +86,7 @@ static int has_end_marker(const uint8_t *file, size_t num_bytes) {
     return num_bytes > 2 && file[num_bytes - 2] == 0xff && file[num_bytes - 1] == JPEG_EOI;
 }
 
-static int read_planes(decoder_t *d, image_t *image, int last_row) {
+static int read_planes(decoder_t *d, int last_row, scratch_t *planes, image_t *image) {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     const int num = jpeg->num_components, block_rows = jpeg->max_v_samp_factor * jpeg->min_DCT_scaled_size;
     const int num_rows = last_row < (int)jpeg->output_height ? last_row : (int)jpeg->output_height;
@@ -104,16 +102,16 @@ static int read_planes(decoder_t *d, image_t *image, int last_row) {
         const int there = (int)(num_blocks * rows_a_block[c]);
         image->height[c] = image->height[c] < there ? image->height[c] : there;
     }
-    uint8_t *memory = reserve(&d->buffer, total);
+    uint8_t *memory = reserve(planes, total);
     if (!memory) return NO_MEMORY;
     JSAMPROW rows[3][4 * DCTSIZE];
-    JSAMPARRAY planes[3] = {rows[0], rows[1], rows[2]};
+    JSAMPARRAY arrays[3] = {rows[0], rows[1], rows[2]};
     for (int c = 0; c < num; c++) image->plane[c] = memory + first[c];
     for (size_t block = 0; block < num_blocks; block++) {
         for (int c = 0; c < num; c++)
             for (size_t row = 0; row < rows_a_block[c]; row++)
                 rows[c][row] = memory + first[c] + (block * rows_a_block[c] + row) * image->pitch[c];
-        if (!((read_raw_f)d->library.read_raw)(jpeg, planes, block_rows)) return NOT_FOR_US;
+        if (!((read_raw_f)d->library.read_raw)(jpeg, arrays, block_rows)) return NOT_FOR_US;
     }
     return DONE;
 }
@@ -132,7 +130,8 @@ static void forget_tables(decoder_t *d) {
     memset(jpeg->ac_huff_tbl_ptrs, 0, sizeof jpeg->ac_huff_tbl_ptrs);
 }
 
-int decode_by_libjpeg(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, image_t *image) {
+int decode_by_libjpeg(decoder_t *d, const uint8_t *file, size_t num_bytes, int last_row, int may_shrink, scratch_t *planes,
+                      image_t *image) {
     struct jpeg_decompress_struct *jpeg = &d->jpeg;
     if (setjmp(d->on_error)) {
         ((end_f)d->library.abort)(jpeg);
@@ -140,7 +139,6 @@ int decode_by_libjpeg(decoder_t *d, const uint8_t *file, size_t num_bytes, int l
     }
     if (num_bytes < 4 || file[0] != 0xff || file[1] != 0xd8) return NOT_FOR_US;
     forget_tables(d);
-    give_back(&d->buffer);
     ((memory_source_f)d->library.memory_source)(jpeg, file, num_bytes);
     if (((read_header_f)d->library.read_header)(jpeg, TRUE) != JPEG_HEADER_OK) fail((j_common_ptr)jpeg);
     memset(image, 0, sizeof *image);
@@ -173,7 +171,7 @@ int decode_by_libjpeg(decoder_t *d, const uint8_t *file, size_t num_bytes, int l
     }
     /* Smooth upsampling looks one row of a reduced plane further. A file without an end is read to its end: is it cut? */
     const int needed = (last_row + image->shrink - 1) / image->shrink + 2;
-    const int done = read_planes(d, image, has_end_marker(file, num_bytes) ? needed : (int)jpeg->output_height);
+    const int done = read_planes(d, has_end_marker(file, num_bytes) ? needed : (int)jpeg->output_height, planes, image);
     ((end_f)d->library.abort)(jpeg);
     return done;
 }

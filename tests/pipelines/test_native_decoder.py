@@ -5,8 +5,8 @@ The oracle is the kernel with all files decoded by libjpeg; what is rendered fro
 
 from __future__ import annotations
 
-import io
 import os
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from pipelines.backends import Job
 from pipelines.backends.native import Work, strong_numbers
 from pipelines.native import kernel
 from pipelines.views import ViewSpec, flatten
+from tests.faults.memory import resident_mb
 from tests.pipelines.jobs import job_of
 from tests.shards import encode
 
@@ -59,12 +60,6 @@ def libjpegs() -> Road:
     return Road(by_libjpeg=True)
 
 
-def jpeg(image: Image.Image, **options: Any) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", **({"quality": 92} | options))
-    return file.getvalue()
-
-
 def patch(photo: Image.Image, width: int, height: int, seed: int = 0) -> Image.Image:
     left, top = np.random.default_rng(seed).integers(0, (photo.width - width, photo.height - height)).tolist()
     return photo.crop((left, top, left + width, top + height))
@@ -87,7 +82,7 @@ def test_planes_are_libjpegs_at_every_quality_and_subsampling(
     before = own.taken
     for i, photo in enumerate(photos):
         image = patch(photo, 173 + i, 131 - i)
-        file = jpeg(image, quality=quality, subsampling=subsampling, optimize=i % 2 == 1)
+        file = encode(image, quality=quality, subsampling=subsampling, optimize=i % 2 == 1)
         assert_same(own, libjpegs, file, image, range(6))
     assert own.taken - before == 6 * len(photos)
     assert libjpegs.taken == 0
@@ -101,7 +96,7 @@ def test_planes_are_libjpegs_whatever_the_size(
     for width in (*range(1, 20), 33):
         for height in (1, 2, 7, 8, 9, 15, 16, 17, 40):
             image = patch(photos[0], width, height, seed=width)
-            assert_same(own, libjpegs, jpeg(image, subsampling=subsampling), image, range(1))
+            assert_same(own, libjpegs, encode(image, subsampling=subsampling), image, range(1))
     narrow = 4 if subsampling else 0  # libjpeg enlarges planes of up to two columns in another way
     assert own.taken - before == (20 - narrow) * 9
 
@@ -124,7 +119,7 @@ def test_other_forms_are_libjpegs_too(name: str, own: Road, libjpegs: Road, phot
     options = dict(options)
     image = patch(photos[2], 150, 120)
     before = own.taken
-    file = jpeg(image.convert(options.pop("mode", "RGB")), **options)
+    file = encode(image.convert(options.pop("mode", "RGB")), **options)
     assert_same(own, libjpegs, file, image, range(8))
     assert own.taken - before == 8 * is_taken
 
@@ -170,7 +165,7 @@ def test_unusual_headers_are_understood_or_left_to_libjpeg(
 ) -> None:
     image = patch(photos[1], 100, 90)
     before = own.taken
-    assert_same(own, libjpegs, edited(jpeg(image), name), image, range(3))
+    assert_same(own, libjpegs, edited(encode(image), name), image, range(3))
     assert own.taken - before == 3 * EDITS[name]
 
 
@@ -180,7 +175,7 @@ def test_a_scaled_decode_is_libjpegs(own: Road, libjpegs: Road, photos: list[Ima
     crops = [draws.crop for draws in job.draws]
     assert min(crop[0, 2:].min() for crop in crops) >= 80  # twice the view and more
     before = own.taken
-    ours, theirs = own.render(jpeg(image), job, scaled=True), libjpegs.render(jpeg(image), job, scaled=True)
+    ours, theirs = own.render(encode(image), job, scaled=True), libjpegs.render(encode(image), job, scaled=True)
     assert_array_equal(ours[1], theirs[1])
     assert own.taken == before
 
@@ -191,8 +186,8 @@ def test_blocks_that_no_view_shows_are_not_needed(own: Road, libjpegs: Road, pho
     for subsampling in (0, 1, 2):
         for seed in range(40):
             before = Image.new("RGB", image.size, (255 * (seed % 2),) * 3)
-            own.render(jpeg(before), job_of(SPECS, [encode(image, "png")]))
-            assert_same(own, libjpegs, jpeg(image, subsampling=subsampling), image, range(seed, seed + 1))
+            own.render(encode(before), job_of(SPECS, [encode(image, "png")]))
+            assert_same(own, libjpegs, encode(image, subsampling=subsampling), image, range(seed, seed + 1))
 
 
 def test_a_damaged_file_is_decoded_as_libjpeg_does_or_left_to_it(
@@ -208,7 +203,7 @@ def test_a_damaged_file_is_decoded_as_libjpeg_does_or_left_to_it(
         options: dict[str, Any] = {"quality": int(rng.choice([5, 75, 92])), "subsampling": int(rng.integers(3))}
         if rng.integers(3) == 0:
             options["restart_marker_blocks"] = int(rng.integers(1, 9))
-        file = bytearray(jpeg(image, **options))
+        file = bytearray(encode(image, **options))
         header = bytes(file).index(b"\xff\xda")
         for _ in range(rng.integers(1, 4)):
             place = rng.integers(0, header) if rng.integers(3) == 0 else rng.integers(header, len(file))
@@ -228,8 +223,26 @@ def test_a_damaged_file_is_decoded_as_libjpeg_does_or_left_to_it(
 def test_numbers_that_overflow_libjpegs_16_bits_are_left_to_it(own: Road, libjpegs: Road) -> None:
     """White by twelve times its step: libjpeg makes black of it."""
     image = Image.new("L", (64, 64), 255)
-    file = bytearray(jpeg(image, quality=100))
+    file = bytearray(encode(image, quality=100))
     file[file.index(b"\xff\xdb") + 5] = 12
     before = own.taken
     assert_same(own, libjpegs, bytes(file), image, range(2))
     assert own.taken == before
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_memory_of_a_large_image_is_given_back_whoever_decoded_it(
+    progressive: bool, own: Road, photos: list[Image.Image]
+) -> None:
+    small = patch(photos[0], 60, 60)
+    large = encode(small.resize((5000, 5000)), subsampling=0, progressive=progressive)
+    small_job = job_of(SPECS, [encode(small, "bmp")])
+    whole = np.array([[0, 0, 5000, 5000]], np.int32)
+    job = Job([large], [replace(draws, crop=whole) for draws in small_job.draws], small_job.names)
+    own.render(encode(small), small_job)
+    before = resident_mb()
+    assert own.render(large, job)[0] == kernel.DONE
+    held = resident_mb() - before
+    assert own.render(encode(small), small_job)[0] == kernel.DONE
+    assert held > 60
+    assert resident_mb() - before < 20
